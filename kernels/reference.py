@@ -1,0 +1,122 @@
+"""The reference backend: plain torch in row blocks, for any device, dtype and mask.
+
+It is the CPU path and what other backends are compared with. A block of rows meets only the keys between the lowest
+and the highest bound of its rows, so causal work is halved and windows stay linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.masks import IntervalMask
+from farspan.kernels.merge import accumulation_dtype
+
+# Scores held at once, over batch, heads, rows and keys: 64 MiB in fp32.
+_SCORES = 1 << 24
+_ROWS = 256
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> tuple[Tensor, Tensor]:
+    """out `[B, S, H, Dv]` and lse `[B, H, S]`, both in the accumulation dtype of q."""
+    work = accumulation_dtype(q.dtype)
+    batch, rows, heads, _ = q.shape
+    queries, keys, values = _grouped(q, k.shape[2]), _by_head(k), _by_head(v)
+    out = q.new_zeros(batch, rows, heads, v.shape[3], dtype=work)
+    lse = q.new_full((batch, heads, rows), float("-inf"), dtype=work)
+    for tile in _tiles(mask, q, k):
+        scores = _scores(queries, keys, mask, tile, scale)
+        row_lse = scores.logsumexp(-1)
+        probabilities = torch.exp(scores - _finite(row_lse)[..., None])
+        part = probabilities.flatten(2, 3) @ values[:, :, tile.keys].to(work)
+        out[:, tile.rows] = _ungrouped(part.view(*scores.shape[:4], -1))
+        lse[:, :, tile.rows] = row_lse.flatten(1, 2)
+    return out, lse
+
+
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, mask: IntervalMask, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq `[B, S, H, D]`, dk and dv `[B, N, Hkv, D or Dv]` in the accumulation dtype; lse and delta are global ones."""
+    work = accumulation_dtype(q.dtype)
+    kv_heads = k.shape[2]
+    queries, keys, values, gradients = _grouped(q, kv_heads), _by_head(k), _by_head(v), _grouped(dout, kv_heads)
+    row_lse = lse.unflatten(1, (kv_heads, -1))
+    row_delta = delta.unflatten(1, (kv_heads, -1))
+    dq = torch.zeros_like(q, dtype=work)
+    dk = torch.zeros_like(keys, dtype=work, memory_format=torch.contiguous_format)
+    dv = torch.zeros_like(values, dtype=work, memory_format=torch.contiguous_format)
+    for tile in _tiles(mask, q, k):
+        scores = _scores(queries, keys, mask, tile, scale)
+        probabilities = torch.exp(scores - _finite(row_lse[..., tile.rows])[..., None])
+        rows = queries[:, :, :, tile.rows].to(work).flatten(2, 3)
+        dout_rows = gradients[:, :, :, tile.rows].to(work).flatten(2, 3)
+        flat = probabilities.flatten(2, 3)
+        dv[:, :, tile.keys] += flat.transpose(-1, -2) @ dout_rows
+        dp = dout_rows @ values[:, :, tile.keys].to(work).transpose(-1, -2)
+        ds = flat * (dp - row_delta[..., tile.rows].flatten(2, 3)[..., None]) * scale
+        dq[:, tile.rows] = _ungrouped((ds @ keys[:, :, tile.keys].to(work)).view(*scores.shape[:4], -1))
+        dk[:, :, tile.keys] += ds.transpose(-1, -2) @ rows
+    return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+class _Tile:
+    """A block of rows, the span of keys that they can see, and whether every element of it is visible."""
+
+    def __init__(self, rows: slice, keys: slice, whole: bool) -> None:
+        self.rows, self.keys, self.whole = rows, keys, whole
+
+
+def _tiles(mask: IntervalMask, q: Tensor, k: Tensor) -> Iterator[_Tile]:
+    batch, length, heads, _ = q.shape
+    rows = max(1, min(_ROWS, _SCORES // max(1, batch * heads * k.shape[1])))
+    starts = range(0, length, rows)
+    # One reduction over the whole mask, so that a GPU is asked once and not once a block.
+    first, last, shortest = (bound.tolist() for bound in _block_bounds(mask, rows))
+    for start, low, high, narrow in zip(starts, first, last, shortest):
+        if high > low:
+            yield _Tile(slice(start, min(start + rows, length)), slice(low, high), narrow == high - low)
+
+
+def _block_bounds(mask: IntervalMask, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each block of rows: lowest begin, highest end, and the fewest keys that one of its rows sees."""
+    big = torch.iinfo(torch.int32).max
+
+    def reduce(bound: Tensor, fill: int, largest: bool) -> Tensor:
+        padded = torch.nn.functional.pad(bound, (0, -bound.shape[1] % rows), value=fill).unflatten(1, (-1, rows))
+        return padded.amax((0, 2)) if largest else padded.amin((0, 2))
+
+    seen = (mask.end - mask.begin) + (mask.anchor_end - mask.anchor_begin)
+    low = torch.where(seen == 0, torch.full_like(seen, big), torch.minimum(mask.begin, mask.anchor_begin))
+    high = torch.where(seen == 0, torch.zeros_like(seen), torch.maximum(mask.end, mask.anchor_end))
+    return reduce(low, big, False), reduce(high, 0, True), reduce(seen, big, False)
+
+
+def _scores(queries: Tensor, keys: Tensor, mask: IntervalMask, tile: _Tile, scale: float) -> Tensor:
+    """Scaled scores `[B, Hkv, group, rows, keys]`, -inf where the mask hides."""
+    work = accumulation_dtype(queries.dtype)
+    rows = queries[:, :, :, tile.rows].to(work) * scale
+    scores = (rows.flatten(2, 3) @ keys[:, :, tile.keys].to(work).transpose(-1, -2)).unflatten(2, rows.shape[2:4])
+    if not tile.whole:
+        scores.masked_fill_(~mask.visible(tile.rows, tile.keys)[:, None, None], float("-inf"))
+    return scores
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """`[B, S, H, D]` as `[B, Hkv, H // Hkv, S, D]`, a view: query heads beside the kv head that they read."""
+    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """Rows that see nothing have lse -inf; with 0 instead, exp(-inf - 0) is the 0 that they need."""
+    return torch.where(lse == float("-inf"), torch.zeros_like(lse), lse)

@@ -1,0 +1,235 @@
+"""Carries out any plan: one loop for both directions, inside one autograd function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from farspan.kernels import accumulation_dtype, attend, attend_backward, merge_into, row_delta
+from farspan.parallel.plan import Block, Move, Side
+from farspan.parallel.prepare import PreparedPiece, PreparedPlan, PreparedStage, Rows
+from farspan.parallel.wire import Wire
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prepared: PreparedPlan,
+    group: dist.ProcessGroup | None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of a packed row that the ranks of `group` share, differentiable in q, k and v.
+
+    Args:
+        q, k, v: this rank's slots, `[B, slots, H or Hkv, D]`; padding slots may hold anything.
+        prepared: `prepare(plan, ...)` for this rank and batch.
+        group: the context group; None when the plan is for one rank.
+
+    Returns:
+        out `[B, slots, H, D]` in q's dtype and lse `[B, H, slots]`, which carries no gradient.
+    """
+    return _PlannedAttention.apply(q, k, v, prepared, group, scale, backend)  # type: ignore[no-any-return]
+
+
+class _PlannedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prepared: PreparedPlan,
+        group: dist.ProcessGroup | None,
+        scale: float | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        run = _Forward(prepared, group, scale, backend, q, k, v)
+        run()
+        out = run.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, run.lse)
+        ctx.constants = (prepared, group, scale, backend, run.kept)
+        ctx.mark_non_differentiable(run.lse)
+        return out, run.lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        run = _Backward(*ctx.constants, q, k, v, dout, lse, row_delta(dout, out))
+        run()
+        return run.dq.to(q.dtype), run.dk.to(k.dtype), run.dv.to(v.dtype), None, None, None, None
+
+
+class _Run:
+    """The loop. `_Forward` and `_Backward` say what an operand is, what a piece computes and how results add up."""
+
+    direction: str
+    stages: list[PreparedStage]
+
+    def __init__(
+        self,
+        prepared: PreparedPlan,
+        group: dist.ProcessGroup | None,
+        scale: float | None,
+        backend: str,
+        operands: dict[Side, tuple[Tensor, ...]],
+        totals: dict[Side, tuple[Tensor, ...]],
+        arrived: dict[int, tuple[Tensor, ...]],
+    ) -> None:
+        self.plan, self.rank = prepared.plan, prepared.rank
+        self.scale, self.backend = scale, backend
+        self.operands, self.totals = operands, totals
+        self.foreign = dict(arrived)
+        self.results: dict[int, tuple[Tensor, ...]] = {}
+        self.wire = Wire(self.plan, self.rank, group, operands["kv"][0], backward=self.direction == "backward")
+
+    def __call__(self) -> None:
+        for stage in self.stages:
+            for move, tensors in self.wire.receive(stage.number):
+                if move.home:
+                    self.add(move.block, tensors)
+                else:
+                    self.foreign[move.block] = tensors
+            self.wire.send([(move, self.payload(move)) for move in stage.sends], stage.receives)
+            for piece in stage.pieces:
+                self.compute(piece)
+            for block in stage.last_uses:
+                del self.foreign[block]
+
+    def payload(self, move: Move) -> tuple[Tensor, ...]:
+        return self.results.pop(move.block) if move.home else self.operand(move.block)
+
+    def operand(self, index: int) -> tuple[Tensor, ...]:
+        """A block's operand tensors: views of our own, or what has arrived."""
+        block = self.plan.blocks[index]
+        return self.foreign[index] if block.owner != self.rank else _views(self.operands[block.side], block)
+
+    def gather(self, rows: Rows) -> tuple[Tensor, ...]:
+        """The operand tensors of some blocks, each as one tensor in ascending position."""
+        if rows.span is not None:
+            return _views(self.operands[rows.span.side], rows.span)
+        return tuple(rows.join(tensors) for tensors in zip(*map(self.operand, rows.blocks)))
+
+    def accumulators(self, rows: Rows) -> tuple[Tensor, ...] | None:
+        """Where a kernel may add the result of these rows in place, if that is one place."""
+        return None if rows.span is None else _views(self.totals[rows.span.side], rows.span)
+
+    def scatter(self, rows: Rows, results: tuple[Tensor, ...]) -> None:
+        for block, tensors in zip(rows.blocks, zip(*map(rows.split, results))):
+            self.add(block, tensors)
+
+    def add(self, index: int, tensors: tuple[Tensor, ...]) -> None:
+        """Adds a result to a block's total: in our own tensors, or to what will travel home."""
+        block = self.plan.blocks[index]
+        if block.owner == self.rank:
+            self.combine(_views(self.totals[block.side], block), tensors)
+        elif index in self.results:
+            self.combine(self.results[index], tensors)
+        else:
+            self.results[index] = tensors
+
+    def compute(self, piece: PreparedPiece) -> None:
+        raise NotImplementedError
+
+    def combine(self, total: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
+        raise NotImplementedError
+
+
+class _Forward(_Run):
+    direction = "forward"
+
+    def __init__(
+        self,
+        prepared: PreparedPlan,
+        group: dist.ProcessGroup | None,
+        scale: float | None,
+        backend: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> None:
+        work = accumulation_dtype(q.dtype)
+        self.stages = prepared.forward
+        self.out = torch.zeros_like(q, dtype=work)
+        self.lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=work)
+        operands: dict[Side, tuple[Tensor, ...]] = {"q": (q,), "kv": (k, v)}
+        super().__init__(prepared, group, scale, backend, operands, {"q": (self.out, self.lse)}, {})
+
+    @property
+    def kept(self) -> dict[int, tuple[Tensor, ...]]:
+        """Operands that the plan keeps for the backward pass; all others are gone by now."""
+        return self.foreign
+
+    def compute(self, piece: PreparedPiece) -> None:
+        (q,), (k, v) = self.gather(piece.q), self.gather(piece.kv)
+        work, accumulate = self.out.dtype, self.accumulators(piece.q)
+        result = attend(
+            q, k, v, piece.mask, scale=self.scale, backend=self.backend, out_dtype=work, accumulate=accumulate
+        )
+        if accumulate is None:
+            self.scatter(piece.q, result)
+
+    def combine(self, total: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
+        merge_into(*total, *tensors)
+
+
+class _Backward(_Run):
+    direction = "backward"
+
+    def __init__(
+        self,
+        prepared: PreparedPlan,
+        group: dist.ProcessGroup | None,
+        scale: float | None,
+        backend: str,
+        kept: dict[int, tuple[Tensor, ...]],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+    ) -> None:
+        work = accumulation_dtype(q.dtype)
+        self.stages = prepared.backward
+        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=work) for x in (q, k, v))
+        operands: dict[Side, tuple[Tensor, ...]] = {"q": (q, dout, lse, delta), "kv": (k, v)}
+        totals: dict[Side, tuple[Tensor, ...]] = {"q": (self.dq,), "kv": (self.dk, self.dv)}
+        super().__init__(prepared, group, scale, backend, operands, totals, kept)
+
+    def compute(self, piece: PreparedPiece) -> None:
+        (q, dout, lse, delta), (k, v) = self.gather(piece.q), self.gather(piece.kv)
+        to_q, to_kv = self.accumulators(piece.q), self.accumulators(piece.kv)
+        gradients = attend_backward(
+            dout,
+            q,
+            k,
+            v,
+            None,
+            lse,
+            piece.mask,
+            scale=self.scale,
+            backend=self.backend,
+            delta=delta,
+            out_dtype=self.dq.dtype,
+            accumulate=(*(to_q or (None,)), *(to_kv or (None, None))),  # type: ignore[arg-type]
+        )
+        if to_q is None:
+            self.scatter(piece.q, gradients[:1])
+        if to_kv is None:
+            self.scatter(piece.kv, gradients[1:])
+
+    def combine(self, total: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
+        for sum_, tensor in zip(total, tensors):
+            sum_ += tensor
+
+
+def _views(tensors: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+    """A block's part of a rank's own tensors, `[B, slots, heads, D]` or `[B, heads, slots]`."""
+    slots, heads = slice(*block.slots), slice(*block.heads)
+    return tuple(x[:, slots, heads] if x.dim() == 4 else x[:, heads, slots] for x in tensors)

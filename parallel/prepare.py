@@ -1,0 +1,159 @@
+"""What one rank needs to carry out a plan on one batch: slot masks, permutations, and its own moves by stage."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farspan.kernels import IntervalMask
+from farspan.parallel.orders import Order
+from farspan.parallel.plan import Block, Move, Piece, Plan, Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some blocks as one operand of a piece, in ascending position.
+
+    `span` is set where they are one run of slots of this rank's own tensors, which need no gathering. Otherwise
+    `permutation` puts the concatenated blocks in ascending position; None where they already are.
+    """
+
+    blocks: tuple[int, ...]
+    sizes: tuple[int, ...]
+    span: Block | None
+    permutation: Tensor | None
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        dim = _slot_dim(tensors[0])
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+        return joined if self.permutation is None else joined.index_select(dim, self.permutation)
+
+    def split(self, joined: Tensor) -> tuple[Tensor, ...]:
+        """The inverse of `join`."""
+        dim = _slot_dim(joined)
+        if self.permutation is not None:
+            joined = torch.empty_like(joined).index_copy_(dim, self.permutation, joined)
+        return joined.split(self.sizes, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPiece:
+    q: Rows
+    kv: Rows
+    mask: IntervalMask
+
+
+@dataclass
+class PreparedStage:
+    """One rank's stage: what leaves, what is expected, what is computed, and which foreign blocks end here."""
+
+    number: int
+    sends: list[Move] = field(default_factory=list)
+    receives: list[Move] = field(default_factory=list)
+    pieces: list[PreparedPiece] = field(default_factory=list)
+    last_uses: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPlan:
+    """A plan with the masks of one batch, for one rank; all layers of the batch share it."""
+
+    plan: Plan
+    rank: int
+    forward: list[PreparedStage]
+    backward: list[PreparedStage]
+
+
+def prepare(
+    plan: Plan, order: Order, mask: IntervalMask, rank: int, device: torch.device | str = "cpu"
+) -> PreparedPlan:
+    """`mask` is the batch's own, in positions; it may see less than the mask that the plan was made for, never more.
+
+    Pieces that see nothing are left out here. Their moves are not, for the other ranks expect them.
+    """
+    pieces: dict[Piece, PreparedPiece | None] = {}
+    for piece in plan.forward.pieces + plan.backward.pieces:
+        if piece.rank == rank and piece not in pieces:
+            pieces[piece] = _piece(piece, plan, order, mask, rank, device)
+    forward = _stages(plan, plan.forward, rank, pieces)
+    kept = [block for holder, block in plan.kept if holder == rank]
+    for stage in forward:
+        stage.last_uses = [block for block in stage.last_uses if block not in kept]
+    return PreparedPlan(plan, rank, forward, _stages(plan, plan.backward, rank, pieces, kept))
+
+
+def _piece(
+    piece: Piece, plan: Plan, order: Order, mask: IntervalMask, rank: int, device: torch.device | str
+) -> PreparedPiece | None:
+    q_positions, q_permutation = _ascending(piece.q, plan, order)
+    k_positions, k_permutation = _ascending(piece.kv, plan, order)
+    piece_mask = mask.at(q_positions, k_positions)
+    if piece_mask.kind(len(k_positions)) == "empty":
+        return None
+    return PreparedPiece(
+        _rows(piece.q, plan, rank, q_permutation, device),
+        _rows(piece.kv, plan, rank, k_permutation, device),
+        piece_mask.to(device),
+    )
+
+
+def _ascending(blocks: Iterable[int], plan: Plan, order: Order) -> tuple[np.ndarray, np.ndarray | None]:
+    """Positions of the blocks together, ascending, and the permutation that makes them so (None: already are)."""
+    positions = np.concatenate([plan.blocks[block].positions(order) for block in blocks])
+    if (np.diff(positions) > 0).all():
+        return positions, None
+    permutation = np.argsort(positions, kind="stable")
+    return positions[permutation], permutation
+
+
+def _rows(
+    blocks: tuple[int, ...], plan: Plan, rank: int, permutation: np.ndarray | None, device: torch.device | str
+) -> Rows:
+    atoms = [plan.blocks[block] for block in blocks]
+    sizes = tuple(atom.slots[1] - atom.slots[0] for atom in atoms)
+    adjacent = all(a.slots[1] == b.slots[0] and a.heads == b.heads for a, b in zip(atoms, atoms[1:]))
+    if permutation is None and adjacent and all(atom.owner == rank for atom in atoms):
+        span = Block(atoms[0].side, rank, (atoms[0].slots[0], atoms[-1].slots[1]), atoms[0].heads)
+        return Rows(blocks, sizes, span, None)
+    return Rows(blocks, sizes, None, None if permutation is None else torch.from_numpy(permutation).to(device))
+
+
+def _stages(
+    plan: Plan,
+    schedule: Schedule,
+    rank: int,
+    pieces: dict[Piece, PreparedPiece | None],
+    kept: Sequence[int] = (),
+) -> list[PreparedStage]:
+    stages = [PreparedStage(number) for number in range(schedule.stages)]
+    last: dict[int, int] = dict.fromkeys(kept, 0)
+    for move in schedule.moves:
+        if move.src == rank:
+            stages[move.start].sends.append(move)
+        if move.dst == rank:
+            stages[move.start].receives.append(move)
+        if not move.home and rank in (move.src, move.dst):
+            # An operand that nobody uses here is dropped at the stage in which it arrives.
+            use = move.start if move.src == rank else move.stop
+            last[move.block] = max(last.get(move.block, 0), use)
+    for piece in schedule.pieces:
+        if piece.rank == rank:
+            for block in piece.q + piece.kv:
+                last[block] = max(last.get(block, 0), piece.stage)
+            prepared = pieces[piece]
+            if prepared is not None:
+                stages[piece.stage].pieces.append(prepared)
+    for block, stage in last.items():
+        if plan.blocks[block].owner != rank:
+            stages[stage].last_uses.append(block)
+    return stages
+
+
+def _slot_dim(x: Tensor) -> int:
+    """Slots are dim 1 of `[B, slots, heads, D]` and dim 2 of `[B, heads, slots]`."""
+    return 1 if x.dim() == 4 else 2

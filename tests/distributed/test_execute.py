@@ -1,0 +1,213 @@
+"""The attention law: every plan x order x mask x world size equals the dense oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.oracle import dense_attention, difference, mask_cases, random_qkv
+from support.pool import Pool
+
+from farspan.kernels import IntervalMask, accumulation_dtype, attend, attend_backward, masks
+from farspan.parallel import orders, plans
+from farspan.parallel.execute import attention
+from farspan.parallel.plan import Plan, Schedule
+from farspan.parallel.prepare import prepare
+from farspan.parallel.verify import verify
+from farspan.parallel.wire import Wire
+
+pytestmark = pytest.mark.distributed
+
+WORLDS = (1, 2, 3, 4, 8)
+HEADS = {1: (6, 2), 2: (4, 1), 3: (4, 2), 4: (6, 2), 8: (6, 3)}
+NAMES = ("ring", "all_gather")
+
+
+def run_plan(
+    rank: int, plan: Plan, order: orders.Order, mask: IntervalMask, whole: tuple[torch.Tensor, ...]
+) -> tuple[list[torch.Tensor], dict[str, int]]:
+    """out, lse, dq, dk, dv of this rank's slots, and the bytes that it sent. Padding slots hold garbage."""
+    q, k, v, dout = (order.shard(x, rank, padding=7.0) for x in whole)
+    local = [x.requires_grad_() for x in (q, k, v)]
+    sent = {"forward": 0, "backward": 0}
+    send = Wire.send
+
+    def counting(wire: Wire, *arguments: Any) -> None:
+        before = wire.bytes_sent
+        send(wire, *arguments)
+        sent["backward" if wire.backward else "forward"] += wire.bytes_sent - before
+
+    Wire.send = counting  # type: ignore[method-assign]
+    try:
+        out, lse = attention(*local, prepare(plan, order, mask, rank), dist.group.WORLD)
+        out.backward(dout)
+    finally:
+        Wire.send = send  # type: ignore[method-assign]
+    return [out.detach(), lse, *(x.grad for x in local)], sent
+
+
+def check_case(
+    rank: int, world: int, length: int, case_name: str, order_name: str, plan_names: tuple[str, ...]
+) -> float:
+    case = next(case for case in mask_cases(length) if case.name == case_name)
+    heads, order = HEADS[world], orders.build(order_name, length, world, stripe=4)
+    whole = random_qkv(length, heads, 4, batch=2)
+    expected = dense_attention(*whole[:3], case.allowed, whole[3])
+    worst = 0.0
+    real = torch.from_numpy(order.real(rank))
+    for name in plan_names:
+        plan = plans.build(name, order, case.mask, heads)
+        (out, lse, *gradients), sent = run_plan(rank, plan, order, case.mask, whole)
+        assert bool((lse[:, :, ~real] == -torch.inf).all())
+        pairs = [(out, order.shard(expected[0], rank))]
+        pairs += [(lse[:, :, real], order.shard(expected[1], rank, dim=2)[:, :, real])]
+        pairs += [(got, order.shard(wanted, rank)) for got, wanted in zip(gradients, expected[2:])]
+        worst = max([worst, *(difference(got, wanted) for got, wanted in pairs)])
+        report = verify(plan, order, case.mask, head_dim=4, batch=2)
+        for direction, count in sent.items():
+            assert count == report.bytes_sent(direction, 8, 8)[rank], (name, direction)
+    return worst
+
+
+def check_all(rank: int, world: int, length: int, pairs: list[tuple[str, str]]) -> dict[str, float]:
+    names = ("single",) if world == 1 else NAMES
+    return {f"{case} {order}": check_case(rank, world, length, case, order, names) for case, order in pairs}
+
+
+def _check(pool: Pool, world: int, length: int, pairs: list[tuple[str, str]]) -> None:
+    for errors in pool.run(world, check_all, length, pairs):
+        assert len(errors) == len(pairs)
+        assert {name: error for name, error in errors.items() if not error < 1e-10} == {}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_equals_the_dense_oracle_in_fp64(pool: Pool, world: int) -> None:
+    """Every plan x order x mask; 45 divides by none of the world sizes' chunks."""
+    _check(pool, world, 45, list(product([case.name for case in mask_cases(45)], orders.ORDERS)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("length", [5, 64, 91])
+def test_equals_the_dense_oracle_at_more_lengths(pool: Pool, world: int, length: int) -> None:
+    _check(pool, world, length, list(product([case.name for case in mask_cases(length)], orders.ORDERS)))
+
+
+def check_batch_masks(rank: int, world: int) -> float:
+    """Two rows of a batch with documents of their own, under a plan made for both."""
+    length, heads = 45, (4, 2)
+    mask = masks.stack([masks.causal(length, [0, 11, 45]), masks.sliding_window(length, 6, 2)])
+    allowed = mask.visible(slice(0, length), slice(0, length))
+    whole = random_qkv(length, heads, 4, batch=2)
+    expected = dense_attention(*whole[:3], allowed, whole[3])
+    worst = 0.0
+    for order_name, name in product(orders.ORDERS, NAMES):
+        order = orders.build(order_name, length, world, stripe=4)
+        wide = plans.build(name, order, masks.causal(length), heads)  # made for more than the batch sees
+        for plan in (plans.build(name, order, mask, heads), wide):
+            (out, _, *gradients), _ = run_plan(rank, plan, order, mask, whole)
+            for got, wanted in zip((out, *gradients), (expected[0], *expected[2:])):
+                worst = max(worst, difference(got, order.shard(wanted, rank)))
+    return worst
+
+
+def test_each_row_of_a_batch_may_have_its_own_mask(pool: Pool) -> None:
+    assert max(pool.run(3, check_batch_masks)) < 1e-10
+
+
+def check_kept(rank: int, world: int) -> float:
+    """Keys and values kept from the forward pass need no second journey."""
+    length, heads = 45, (4, 2)
+    order, mask = orders.zigzag(length, world), masks.causal(length)
+    plan = plans.ring(order, mask, heads)
+    kept = frozenset((move.dst, move.block) for move in plan.forward.moves)
+    homeward = Schedule(tuple(m for m in plan.backward.moves if m.home), plan.backward.pieces)
+    plan = replace(plan, backward=homeward, kept=kept)
+    verify(plan, order, mask)
+    whole = random_qkv(length, heads, 4)
+    expected = dense_attention(*whole[:3], mask.visible(slice(0, length), slice(0, length)), whole[3])
+    (out, _, *gradients), _ = run_plan(rank, plan, order, mask, whole)
+    pairs = zip((out, *gradients), (expected[0], *expected[2:]))
+    return max(difference(got, order.shard(wanted, rank)) for got, wanted in pairs)
+
+
+def test_kept_operands_are_used_again(pool: Pool) -> None:
+    assert max(pool.run(4, check_kept)) < 1e-10
+
+
+def bf16_errors(rank: int, world: int, order_name: str, name: str) -> list[float]:
+    """Squared error of out, dq, dk, dv against fp64, summed over the whole row."""
+    length, heads = 512, (4, 2)
+    mask, order = masks.causal(length), orders.build(order_name, length, world, stripe=16)
+    whole = random_qkv(length, heads, 16, dtype=torch.bfloat16)
+    expected = dense_attention(*whole[:3], mask.visible(slice(0, length), slice(0, length)), whole[3])
+    plan = plans.build(name, order, mask, heads)
+    (out, _, *gradients), _ = run_plan(rank, plan, order, mask, whole)
+    errors = torch.stack(
+        [
+            (got.double() - order.shard(wanted, rank)).square().sum()
+            for got, wanted in zip((out, *gradients), (expected[0], *expected[2:]))
+        ]
+    )
+    dist.all_reduce(errors)
+    return errors.tolist()
+
+
+def test_bf16_error_does_not_grow_with_the_world(pool: Pool) -> None:
+    """Partial results and travelling gradients are fp32, so only the last rounding to bf16 remains."""
+    alone = pool.run(1, bf16_errors, "contiguous", "single")[0]
+    for world, (order_name, name) in zip((2, 4, 8, 8), product(("zigzag", "striped"), NAMES)):
+        for one, many in zip(alone, pool.run(world, bf16_errors, order_name, name)[0]):
+            assert many**0.5 <= 1.02 * one**0.5, (world, order_name, name)
+
+
+def heads_probe(rank: int, world: int) -> float:
+    """One row alone sees one remote key: its gradient lands on that key's owner, nowhere else."""
+    length, heads = 32, (4, 2)
+    order = orders.striped(length, world, 4)
+    nothing = torch.zeros(1, length, dtype=torch.int32)
+    begin, end = nothing.clone(), nothing.clone()
+    begin[0, 30], end[0, 30] = 5, 6
+    mask = IntervalMask(begin, end, nothing, nothing)
+    whole = random_qkv(length, heads, 4)
+    plan = plans.ring(order, mask, heads)
+    (out, _, _, _, dv), _ = run_plan(rank, plan, order, mask, whole)
+    holds = order.positions[rank] == 5
+    expected = torch.zeros_like(dv)
+    expected[:, holds] = whole[3][:, 30].unflatten(1, (2, 2)).sum(2)[:, None]
+    assert len(plan.forward.moves) == (5 // 4 % world != 30 // 4 % world)
+    rows = torch.from_numpy(order.positions[rank] != 30)
+    assert bool((out[:, rows] == 0).all())
+    return difference(dv, expected)
+
+
+def test_a_gradient_lands_on_its_owner(pool: Pool) -> None:
+    assert max(pool.run(3, heads_probe)) < 1e-12
+
+
+def test_one_rank_equals_the_kernel_itself() -> None:
+    length, heads = 40, (4, 2)
+    mask = masks.causal(length, [0, 13, 40])
+    order = orders.contiguous(length, 1)
+    q, k, v, dout = random_qkv(length, heads, 8, dtype=torch.float32)
+    local = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*local, prepare(plans.single(order, mask, heads), order, mask, 0), None)
+    out.backward(dout)
+    expected = attend(q, k, v, mask)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    for got, wanted in zip(local, attend_backward(dout, q, k, v, *expected, mask)):
+        assert torch.equal(got.grad, wanted)
+    assert accumulation_dtype(torch.bfloat16) == torch.float32
+
+
+def test_single_refuses_a_shared_row() -> None:
+    order = orders.zigzag(16, 2)
+    with pytest.raises(ValueError, match="parallel.context is 2; take 'ring'"):
+        plans.build("single", order, masks.causal(16), (2, 2))
+    with pytest.raises(ValueError, match="parallel.plan is 'star'; possible are single, ring, all_gather"):
+        plans.build("star", order, masks.causal(16), (2, 2))
