@@ -1,0 +1,89 @@
+"""Micro-batches: rows of text, put into the order of the plan once and for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farspan.data.rows import IGNORED, Row, Rows
+from farspan.data.sampling import sample_index
+from farspan.kernels import IntervalMask, masks
+from farspan.parallel.orders import Order
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one context rank holds of a micro-batch.
+
+    tokens, labels and rotary_positions are int64 `[rows, slots]`, in the slots of `order`; padding slots have no label.
+    `mask` is that of the whole rows, `[1 or rows, length]`, in positions. `valid` counts this rank's labels. `samples`
+    are the sample numbers of the rows.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    rotary_positions: Tensor
+    mask: IntervalMask
+    order: Order
+    valid: int
+    samples: tuple[int, ...]
+
+
+def make_batch(
+    rows: Sequence[Row], order: Order, rank: int, samples: Sequence[int] = (), across_documents: bool = False
+) -> Batch:
+    """The share of context rank `rank`: labels are shifted already, and nothing is permuted again after this.
+
+    With `across_documents` tokens see the whole row before them, and rotary positions do not restart.
+    """
+    length = order.length
+    whole = np.arange(length)
+    positions = [whole if across_documents else row.positions for row in rows]
+    mask = (
+        masks.causal(length) if across_documents else masks.stack(masks.causal(length, row.cu_seqlens) for row in rows)
+    )
+
+    def shard(values: Sequence[np.ndarray], padding: int) -> Tensor:
+        return order.shard(torch.from_numpy(np.stack(values)), rank, padding=padding)
+
+    labels = shard([row.labels for row in rows], IGNORED)
+    return Batch(
+        tokens=shard([row.tokens for row in rows], 0),
+        labels=labels,
+        rotary_positions=shard(positions, 0),
+        mask=mask,
+        order=order,
+        valid=int((labels != IGNORED).sum()),
+        samples=tuple(samples),
+    )
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Which samples each data rank takes in each optimizer step: slices of one sequence that ranks do not change.
+
+    Sample number n is row `sample_index(seed, n)`. Step s has samples `[s * rows_per_step, (s + 1) * rows_per_step)`,
+    dealt out to micro-batches first, then to data ranks.
+    """
+
+    rows: Rows
+    seed: int
+    rows_per_step: int
+    micro_batch_rows: int
+    data: int
+
+    @property
+    def micro_batches(self) -> int:
+        return self.rows_per_step // (self.data * self.micro_batch_rows)
+
+    def samples(self, step: int, micro_batch: int, data_rank: int) -> list[int]:
+        """Sample numbers of one micro-batch of one data rank; steps count from 0."""
+        first = step * self.rows_per_step + (micro_batch * self.data + data_rank) * self.micro_batch_rows
+        return list(range(first, first + self.micro_batch_rows))
+
+    def row(self, sample: int) -> Row:
+        return self.rows[sample_index(self.seed, sample, len(self.rows))]

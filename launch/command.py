@@ -1,0 +1,157 @@
+"""The `farspan` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from farspan.launch.worker import USER_ERROR
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 for an error of the user's, said in one line; else that of the worker that failed."""
+    options = _parser().parse_args(arguments)
+    from farspan.data.errors import DataError
+    from farspan.trainer.checkpoint.manifest import CheckpointError
+    from farspan.trainer.config import ConfigError
+    from farspan.trainer.run_lock import RunLockedError
+
+    try:
+        code: int = options.verb(options)
+    except (ConfigError, DataError, CheckpointError, RunLockedError) as error:
+        print(f"farspan: {error}", file=sys.stderr)
+        return USER_ERROR
+    return code
+
+
+def train(options: argparse.Namespace) -> int:
+    """Starts the workers of this machine, or trains right here when torchrun has started this process as one."""
+    from farspan.launch import elastic, worker
+    from farspan.trainer.config import load_config
+    from farspan.trainer.preflight import check, default_processes
+    from farspan.trainer.run_lock import RunLockedError, is_locked
+
+    passed_on = [str(options.config), *options.overrides, "--resume", options.resume]
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return worker.main(passed_on)
+    config = load_config(options.config, options.overrides)
+    processes = default_processes(config)
+    check(config, processes)
+    holder = is_locked(config.run.dir)
+    if holder is not None:
+        raise RunLockedError(holder)
+    return elastic.run_workers(
+        "farspan.launch.worker",
+        [*passed_on, "--parent", str(os.getpid())],
+        processes=processes,
+        stop_seconds=config.launch.stop_seconds,
+        log_directory=config.run.dir / "logs",
+    )
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Encodes `data.sources` into `data.directory`."""
+    from farspan.data.prepare import prepare as prepare_data
+    from farspan.trainer.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    data = config.data
+    prepare_data(
+        data.sources,
+        data.directory,
+        tokenizer=data.tokenizer,
+        vocabulary_size=data.vocabulary_size,
+        heldout_fraction=data.heldout_fraction,
+        seed=config.run.seed,
+        processes=data.processes,
+        report=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Prints the mesh, the plan for one row of plain causal attention, and what verifying it found."""
+    from farspan.trainer.config import load_config
+    from farspan.trainer.describe_plan import describe_plan
+    from farspan.trainer.preflight import default_processes
+
+    config = load_config(options.config, options.overrides)
+    describe_plan(config, default_processes(config), print)
+    return 0
+
+
+def checkpoint_list(options: argparse.Namespace) -> int:
+    from farspan.trainer.checkpoint.store import CheckpointStore
+
+    listed = CheckpointStore(_checkpoints(options.run_directory), keep=1).list()
+    for entry in listed:
+        tokens = f"{entry.state['tokens']:>16,} tokens" if entry.state else f"{'unreadable':>23}"
+        print(f"step {entry.step:>9,} {tokens} {entry.bytes / 1e9:>9.3f} GB  {entry.path}")
+    if not listed:
+        print(f"there are no checkpoints in {_checkpoints(options.run_directory)}")
+    return 0
+
+
+def checkpoint_verify(options: argparse.Namespace) -> int:
+    """Checks every byte of one checkpoint, or of all of a run; exit code 1 when something is damaged."""
+    from farspan.trainer.checkpoint.store import CheckpointStore
+
+    path: Path = options.path
+    directory = path.parent if (path / "manifest.json").exists() else _checkpoints(path)
+    store = CheckpointStore(directory, keep=1)
+    paths = [path] if directory == path.parent else [entry.path for entry in store.list()]
+    damaged = False
+    for checkpoint in paths:
+        problems = store.verify(checkpoint)
+        damaged |= bool(problems)
+        print(f"{checkpoint}: {'; '.join(problems) if problems else 'good'}")
+    if not paths:
+        print(f"there are no checkpoints in {directory}")
+    return 1 if damaged else 0
+
+
+def _checkpoints(run_directory: Path) -> Path:
+    from farspan.trainer.config import ConfigError
+
+    if not run_directory.is_dir():
+        raise ConfigError(f"there is no run directory {run_directory}")
+    return run_directory / "checkpoints"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="farspan", description="Distributed training on very long sequences.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def with_config(name: str, verb: object, summary: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=summary, description=summary)
+        added.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+        added.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=10")
+        added.set_defaults(verb=verb)
+        return added
+
+    training = with_config("train", train, "Train, on this machine's processes or as a torchrun worker.")
+    training.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto (default): go on from the newest valid checkpoint; never: refuse a run that has one",
+    )
+    with_config("prepare", prepare, "Encode text for training.")
+    with_config("plan", plan, "Print and verify who computes what, without starting anything.")
+
+    checkpoints = verbs.add_parser("checkpoint", help="List or verify checkpoints.")
+    actions = checkpoints.add_subparsers(required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="Steps, tokens and sizes of a run's checkpoints.")
+    listing.add_argument("run_directory", type=Path, metavar="RUN_DIR")
+    listing.set_defaults(verb=checkpoint_list)
+    verifying = actions.add_parser("verify", help="Check every byte against the manifest.")
+    verifying.add_argument("path", type=Path, metavar="RUN_DIR_OR_CHECKPOINT")
+    verifying.set_defaults(verb=checkpoint_verify)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Self-attention of the decoder: the only module that knows that a sequence is shared by several ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from farspan.models.config import ModelConfig
+from farspan.models.layers import RMSNorm, Sharding, column_linear, row_linear
+from farspan.models.rotary import Rotation
+from farspan.parallel.execute import attention
+from farspan.parallel.prepare import PreparedPlan
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionContext:
+    """What all layers of one batch share: the prepared plan, who carries it out, and the rotary angles."""
+
+    plan: PreparedPlan
+    group: dist.ProcessGroup | None
+    rotation: Rotation
+    backend: str = "auto"
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary embeddings; tensor ranks share the heads."""
+
+    def __init__(self, name: str, config: ModelConfig, out_std: float, sharding: Sharding) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        hidden, std, bias = config.hidden_size, config.initializer_std, config.qkv_bias
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = column_linear(f"{name}.query", hidden, query, std, sharding, bias)
+        self.key = column_linear(f"{name}.key", hidden, key, std, sharding, bias)
+        self.value = column_linear(f"{name}.value", hidden, key, std, sharding, bias)
+        self.out = row_linear(f"{name}.out", query, hidden, out_std, sharding)
+        partial = sharding.tensor > 1
+        self.query_norm = RMSNorm(config.head_dim, config.norm_epsilon, partial) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_dim, config.norm_epsilon, partial) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """`[tokens, hidden]` to `[tokens, hidden]`; the batch's shape is that of `context.rotation`."""
+        batch = context.rotation.cosine.shape[0]
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(batch, -1, projected.shape[-1] // self.head_dim, self.head_dim)
+
+        q, k, v = heads(self.query(x)[0]), heads(self.key(x)[0]), heads(self.value(x)[0])
+        q, k = context.rotation(self.query_norm(q)), context.rotation(self.key_norm(k))
+        out, _ = attention(q, k, v, context.plan, context.group, backend=context.backend)
+        return self.out(out.flatten(2).flatten(0, 1))[0]  # type: ignore[no-any-return]

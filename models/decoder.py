@@ -1,0 +1,99 @@
+"""The decoder: embedding, layers, final norm and loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
+from torch import Tensor, nn
+
+from farspan.models.attention import AttentionContext, SelfAttention
+from farspan.models.config import ModelConfig
+from farspan.models.layers import FeedForward, RMSNorm, Sharding, column_linear
+from farspan.models.loss import VocabularyLoss
+from farspan.models.rotary import inverse_frequencies, rotation
+from farspan.parallel.prepare import PreparedPlan
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderInput:
+    """One micro-batch as a context rank holds it: its slots of every row, already in the plan's order.
+
+    tokens, labels and rotary_positions are int64 `[B, slots]`; a label of -100 is no label.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    rotary_positions: Tensor
+    plan: PreparedPlan
+    group: dist.ProcessGroup | None
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, name: str, config: ModelConfig, sharding: Sharding) -> None:
+        super().__init__()
+        out_std = config.initializer_std / math.sqrt(2 * config.layers)
+        partial = sharding.sequence_parallel
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon, partial)
+        self.attention = SelfAttention(f"{name}.attention", config, out_std, sharding)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon, partial)
+        self.feed_forward = FeedForward(
+            f"{name}.feed_forward",
+            config.hidden_size,
+            config.feed_forward_size,
+            config.initializer_std,
+            out_std,
+            sharding,
+        )
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), context)
+        return x + self.feed_forward(self.feed_forward_norm(x))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model whose forward pass is its loss.
+
+    `config.vocabulary_size` must be set; Megatron's tensor-parallel group must exist, also for one rank.
+    """
+
+    def __init__(
+        self, config: ModelConfig, sharding: Sharding, *, loss_chunk_tokens: int = 2048, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        if config.vocabulary_size is None:
+            raise ValueError("a decoder needs model.vocabulary_size")
+        config.check_tensor_degree(sharding.tensor)
+        self.config, self.sharding, self.backend = config, sharding, backend
+        self.embedding = VocabParallelEmbedding(
+            config.vocabulary_size,
+            config.hidden_size,
+            init_method=sharding.normal("embedding", config.initializer_std),
+            config=sharding.megatron(),
+        )
+        self.layers = nn.ModuleList(Layer(f"layers.{i}", config, sharding) for i in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, sharding.sequence_parallel)
+        if not config.tied_embeddings:
+            self.projection = column_linear(
+                "projection", config.hidden_size, config.vocabulary_size, config.initializer_std, sharding
+            )
+        self.loss = VocabularyLoss(loss_chunk_tokens, sharding)
+        self.frequencies = inverse_frequencies(config.head_dim, config.rotary_theta)
+
+    def forward(self, batch: DecoderInput) -> Tensor:
+        """Cross-entropy of every slot, fp32 `[B, slots]`, 0 where there is no label."""
+        context = AttentionContext(
+            batch.plan, batch.group, rotation(batch.rotary_positions, self.frequencies), self.backend
+        )
+        x = self.embedding(batch.tokens.flatten())
+        if self.sharding.sequence_parallel:
+            x = scatter_to_sequence_parallel_region(x)
+        for layer in self.layers:
+            x = layer(x, context)
+        weight = self.embedding.weight if self.config.tied_embeddings else self.projection.weight
+        losses: Tensor = self.loss(self.norm(x), weight, batch.labels.flatten())
+        return losses.view_as(batch.labels)

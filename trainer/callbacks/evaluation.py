@@ -1,0 +1,15 @@
+"""Held-out loss, every so many steps and after the last."""
+
+from __future__ import annotations
+
+from farspan.trainer.trainer import StepRecord, Trainer
+
+
+class Evaluation:
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        due = self.every and record.step % self.every == 0
+        if due or record.step == trainer.config.train.steps:
+            record.eval_loss = trainer.evaluate()

@@ -1,0 +1,75 @@
+"""What a checkpoint holds: the engine's state, every rank's random numbers, and where the run stands."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from farspan.trainer.checkpoint.store import CheckpointStore, Found
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.trainer import Trainer
+
+
+class RunState:
+    """Saves a trainer to a store, and puts back what was saved on the same layout, bit for bit."""
+
+    def __init__(self, store: CheckpointStore, config: RunConfig, layout: str, data_fingerprint: str) -> None:
+        self.store, self.config = store, config
+        # What must be the same for a resumed run to go on; the rest of the configuration may change.
+        self.identity = {
+            "layout": layout,
+            "zero_stage": config.parallel.zero_stage,
+            "dtype": config.train.dtype,
+            "model": config.model.model_dump(mode="json", exclude={"preset"}),
+            "data": data_fingerprint,
+            "seed": config.run.seed,
+            "rows_per_step": config.train.rows_per_step,
+            "sequence_length": config.train.sequence_length,
+        }
+
+    def save(self, trainer: Trainer) -> Path:
+        """Collective."""
+        rank = torch.distributed.get_rank()
+
+        def write(directory: Path) -> None:
+            trainer.engine.save(str(directory))
+            torch.save(_random_state(), directory / f"random_{rank:05d}.pt")
+
+        state = {
+            "tokens": trainer.tokens,
+            "samples": trainer.step * self.config.train.rows_per_step,
+            "identity": self.identity,
+            "torch": str(torch.__version__),
+        }
+        return self.store.save(trainer.step, write, state, trainer.mesh.control)
+
+    def resume(self, trainer: Trainer, found: Found) -> None:
+        """Collective. ConfigError when the checkpoint is of another layout, model or order of samples."""
+        saved: dict[str, Any] = found.state["identity"]
+        changed = [key for key, value in self.identity.items() if saved.get(key) != value]
+        if changed:
+            changes = "; ".join(f"{key} was {saved.get(key)} and is {self.identity[key]}" for key in changed)
+            raise ConfigError(f"{found.path} cannot be resumed with this configuration: {changes}")
+        trainer.engine.load(str(found.path))
+        rank = torch.distributed.get_rank()
+        _set_random_state(torch.load(found.path / f"random_{rank:05d}.pt", weights_only=False))
+        trainer.step, trainer.tokens = found.step, int(found.state["tokens"])
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

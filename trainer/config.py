@@ -1,0 +1,263 @@
+"""The configuration: one YAML file, `key=value` overrides, and everything that can be checked before a process starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from farspan.kernels import BACKENDS
+from farspan.models.config import ModelConfig
+from farspan.parallel.orders import ORDERS
+from farspan.parallel.plans import PLANS
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is one line that names the key to change."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class RunSection(_Section):
+    dir: Path
+    """Folder of this run: resolved configuration, metrics, TensorBoard files, logs and checkpoints."""
+    seed: int = Field(0, ge=0)
+    """Initial weights, the order of samples and every other draw come from this number."""
+
+
+class LaunchSection(_Section):
+    processes: int | None = Field(None, gt=0)
+    """Worker processes on this machine; one a GPU when not given, or one where there is no GPU."""
+    stop_seconds: float = Field(1800, gt=0)
+    """How long workers may take to finish their step and save after SIGTERM or SIGINT."""
+
+
+class DataSection(_Section):
+    sources: list[str] = Field(min_length=1)
+    """Text files, folders of them, or `python-stdlib`: the sources of the running Python's own standard library."""
+    directory: Path
+    """Where `farspan prepare` writes the encoded text and where training reads it."""
+    tokenizer: Path | None = None
+    """A SentencePiece model; one is trained on the sources when not given."""
+    vocabulary_size: int = Field(32_000, ge=300)
+    """Size of a tokenizer that is trained; 256 of its pieces are single bytes."""
+    heldout_fraction: float = Field(0.01, gt=0, lt=1)
+    """Share of the documents that are kept for evaluation."""
+    processes: int = Field(1, gt=0)
+    """Processes that encode text during `farspan prepare`."""
+
+
+class TrainSection(_Section):
+    steps: int = Field(gt=0)
+    """Optimizer steps of the whole run."""
+    tokens_per_step: int = Field(gt=0)
+    """Tokens of one optimizer step, over all ranks and micro-batches: a multiple of `sequence_length`."""
+    sequence_length: int = Field(gt=1)
+    """Tokens of one packed row."""
+    micro_batch_rows: int = Field(1, gt=0)
+    """Rows that one forward pass of a data rank takes."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Dtype of weights in the forward and backward passes; optimizer state is fp32 always."""
+    loss_chunk_tokens: int = Field(2048, gt=0)
+    """Tokens whose logits exist at once."""
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> TrainSection:
+        if self.tokens_per_step % self.sequence_length:
+            near = max(1, round(self.tokens_per_step / self.sequence_length)) * self.sequence_length
+            raise ValueError(
+                f"train.tokens_per_step {self.tokens_per_step} must be a multiple of train.sequence_length "
+                f"{self.sequence_length}; the nearest is {near}"
+            )
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.tokens_per_step // self.sequence_length
+
+
+class ParallelSection(_Section):
+    context: int = Field(1, gt=0)
+    """Ranks that share every sequence."""
+    tensor: int = Field(1, gt=0)
+    """Ranks that share every layer."""
+    sequence_parallel: bool = False
+    """Divide tokens over the tensor ranks outside attention and feed-forward; needs CUDA."""
+    plan: str = "ring"
+    """How attention over a shared sequence is carried out."""
+    order: str = "zigzag"
+    """Which tokens of a sequence each rank holds."""
+    stripe: int = Field(128, gt=0)
+    """Tokens of one stripe of the striped order."""
+    zero_stage: int = Field(1, ge=0, le=3)
+    """What DeepSpeed shards over data x context ranks: nothing, optimizer state, also gradients, also weights."""
+
+
+class AttentionSection(_Section):
+    backend: str = "auto"
+    """Kernels that compute attention on one device."""
+    across_documents: bool = False
+    """Whether tokens see earlier documents of their row; if not, rotary positions restart at each document."""
+
+
+class OptimizerSection(_Section):
+    learning_rate: float = Field(3e-4, gt=0)
+    """Highest learning rate of the schedule."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up: a half cosine down, no change, or no change and then a linear decay (warm-up, stable, decay)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly."""
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """Learning rate of the last step over the highest, for cosine and wsd."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in which wsd decays."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging of gradients and of their squares."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to AdamW's denominator."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Norm to which the gradient is clipped; 0 for no clipping."""
+
+
+class EvalSection(_Section):
+    every: int = Field(0, ge=0)
+    """Steps between evaluations on held-out text; 0 for none but the last, which is always evaluated."""
+    rows: int = Field(64, gt=0)
+    """Held-out rows of one evaluation, or all where there are fewer."""
+
+
+class CheckpointSection(_Section):
+    every: int = Field(500, gt=0)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(3, gt=0)
+    """How many checkpoints stay."""
+
+
+class RunConfig(_Section):
+    """The whole configuration of a run."""
+
+    run: RunSection
+    launch: LaunchSection = LaunchSection()  # type: ignore[call-arg]
+    model: ModelConfig
+    data: DataSection
+    train: TrainSection
+    parallel: ParallelSection = ParallelSection()  # type: ignore[call-arg]
+    attention: AttentionSection = AttentionSection()
+    optimizer: OptimizerSection = OptimizerSection()  # type: ignore[call-arg]
+    eval: EvalSection = EvalSection()  # type: ignore[call-arg]
+    checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
+    deepspeed: dict[str, Any] | Path = Field(default_factory=dict)
+    """Further keys of a DeepSpeed configuration, inline or as the path of a JSON file; none that is set elsewhere here."""
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> RunConfig:
+        for key, value, choices in (
+            ("parallel.plan", self.parallel.plan, list(PLANS)),
+            ("parallel.order", self.parallel.order, list(ORDERS)),
+            ("attention.backend", self.attention.backend, list(BACKENDS)),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"{key} is {value!r}{_did_you_mean(value, choices)}; possible are {', '.join(choices)}"
+                )
+        if self.parallel.plan == "single" and self.parallel.context > 1:
+            raise ValueError(
+                f"parallel.plan single keeps a sequence on one rank, but parallel.context is {self.parallel.context}; "
+                "set parallel.plan to ring or all_gather"
+            )
+        if self.train.dtype == "bf16" and self.parallel.zero_stage == 0:
+            raise ValueError(
+                "train.dtype bf16 needs parallel.zero_stage 1 or more (DeepSpeed's bf16 optimizer takes a step that "
+                "nobody asked for at stage 0); set parallel.zero_stage to 1 or train.dtype to fp32"
+            )
+        if self.parallel.sequence_parallel and self.parallel.tensor == 1:
+            raise ValueError("parallel.sequence_parallel divides tokens over tensor ranks, but parallel.tensor is 1")
+        self.model.check_tensor_degree(self.parallel.tensor)
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies `section.key=value` overrides (values are YAML).
+
+    ConfigError, in one line, when the file is missing or broken, a key is unknown (with the nearest known one), or a
+    value is not possible.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as 'run:' and 'train:', not {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(path, error)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same object."""
+    tree = config.model_dump(mode="json")
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override; write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {override!r} is not valid YAML") from error
+    *sections, last = key.split(".")
+    branch: Any = tree
+    for section in sections:
+        branch = branch.setdefault(section, {}) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict):
+            raise ConfigError(f"{key} cannot be set: {section} is not a section")
+    branch[last] = value
+
+
+def _one_line(path: Path, error: ValidationError) -> str:
+    """All problems in one line, each with its key; unknown keys with the nearest known one."""
+    problems = []
+    for detail in error.errors():
+        key = ".".join(str(part) for part in detail["loc"] if part not in ("function-after[_check", "dict[str,any]"))
+        if detail["type"] == "extra_forbidden":
+            *section, name = detail["loc"]
+            known = list(_section_at(section).model_fields)
+            problems.append(f"there is no key {key}{_did_you_mean(str(name), known)} (keys there: {', '.join(known)})")
+        elif detail["type"] == "missing":
+            problems.append(f"{key} is required")
+        elif detail["type"] == "value_error":
+            problems.append(str(detail["ctx"]["error"]))
+        else:
+            message = detail["msg"][0].lower() + detail["msg"][1:]
+            problems.append(f"{key} is {detail['input']!r}: {message}")
+    return f"{path}: {'; '.join(problems)}"
+
+
+def _section_at(location: Sequence[Any]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for name in location:
+        annotation = section.model_fields[str(name)].annotation
+        section = next(
+            t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)
+        )
+    return section
+
+
+def _did_you_mean(value: str, choices: Sequence[str]) -> str:
+    near = get_close_matches(value, choices, 1)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,74 @@
+"""From sample numbers to what the decoder takes: rows, order, plan and masks of each micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from farspan.data.batch import Batch, StepRows, make_batch
+from farspan.data.corpus import Corpus
+from farspan.data.prepared import Prepared
+from farspan.data.rows import IGNORED, Row, Rows
+from farspan.models.config import ModelConfig
+from farspan.models.decoder import DecoderInput
+from farspan.parallel import orders, plans
+from farspan.parallel.mesh import Mesh
+from farspan.parallel.prepare import prepare
+from farspan.trainer.config import RunConfig
+
+
+class Feed:
+    """Training and held-out batches of this rank."""
+
+    def __init__(self, config: RunConfig, model: ModelConfig, prepared: Prepared, mesh: Mesh) -> None:
+        train, parallel = config.train, config.parallel
+        self.mesh, self.plan_name = mesh, parallel.plan
+        self.across_documents = config.attention.across_documents
+        self.heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
+        self.order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
+        self.steps = StepRows(
+            rows=Rows(Corpus(prepared, "train"), train.sequence_length, config.run.seed),
+            seed=config.run.seed,
+            rows_per_step=train.rows_per_step,
+            micro_batch_rows=train.micro_batch_rows,
+            data=mesh.degrees.data,
+        )
+        heldout = Rows(Corpus(prepared, "heldout"), train.sequence_length, config.run.seed)
+        self.heldout = heldout
+        self.heldout_rows = min(config.eval.rows, len(heldout))
+
+    def training_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of one optimizer step (from 0)."""
+        batches = []
+        for micro_batch in range(self.steps.micro_batches):
+            samples = self.steps.samples(step, micro_batch, self.mesh.data_rank)
+            batches.append(self._batch([self.steps.row(sample) for sample in samples], samples))
+        return batches
+
+    def heldout_batches(self) -> list[Batch]:
+        """The held-out rows, shared out over data ranks; each takes equally many, a last one may have no labels."""
+        batches = []
+        for first in range(0, self.heldout_rows, self.mesh.degrees.data):
+            index = first + self.mesh.data_rank
+            row = self.heldout[min(index, self.heldout_rows - 1)]
+            if index >= self.heldout_rows:
+                row = replace(row, labels=np.full_like(row.labels, IGNORED), valid=0)
+            batches.append(self._batch([row], [index]))
+        return batches
+
+    def decoder_input(self, batch: Batch) -> DecoderInput:
+        """Moves a batch to the device, with the plan that every rank of the context group derives alike from its mask."""
+        plan = plans.build(self.plan_name, batch.order, batch.mask, self.heads)
+        device = self.mesh.device
+        return DecoderInput(
+            tokens=batch.tokens.to(device),
+            labels=batch.labels.to(device),
+            rotary_positions=batch.rotary_positions.to(device),
+            plan=prepare(plan, batch.order, batch.mask, self.mesh.context_rank, device),
+            group=self.mesh.context,
+        )
+
+    def _batch(self, rows: Sequence[Row], samples: Sequence[int]) -> Batch:
+        return make_batch(rows, self.order, self.mesh.context_rank, samples, self.across_documents)

@@ -1,0 +1,86 @@
+"""Everything that can be known to be wrong before a process group starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from farspan.data.errors import DataError
+from farspan.data.prepared import Prepared, load_prepared
+from farspan.models.config import ModelConfig
+from farspan.parallel import orders
+from farspan.parallel.mesh import Degrees, MeshError
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.deepspeed_config import engine_config
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run is made of, once it is known to be possible."""
+
+    degrees: Degrees
+    model: ModelConfig
+    prepared: Prepared
+
+
+def default_processes(config: RunConfig) -> int:
+    """`launch.processes`, or one a GPU, or one."""
+    return config.launch.processes or max(1, torch.cuda.device_count())
+
+
+def check(config: RunConfig, processes: int) -> Preflight:
+    """ConfigError, in one line that names the key to change, unless the run can start with this many processes."""
+    try:
+        degrees = Degrees.divide(processes, config.parallel.context, config.parallel.tensor)
+        prepared = load_prepared(config.data.directory)
+        if config.data.tokenizer is not None:
+            prepared.check_tokenizer(config.data.tokenizer)
+    except (MeshError, DataError) as error:
+        raise ConfigError(str(error)) from error
+    model = _with_vocabulary(config, prepared)
+    _check_rows(config, degrees)
+    if torch.cuda.is_available():
+        if processes > torch.cuda.device_count():
+            raise ConfigError(
+                f"{processes} processes need as many GPUs, but this machine has {torch.cuda.device_count()}; "
+                "change launch.processes"
+            )
+    elif config.parallel.sequence_parallel:
+        raise ConfigError(
+            "parallel.sequence_parallel needs CUDA (Megatron's own operators do); set it to false on a CPU"
+        )
+    engine_config(config, degrees)
+    return Preflight(degrees, model, prepared)
+
+
+def _with_vocabulary(config: RunConfig, prepared: Prepared) -> ModelConfig:
+    size = config.model.vocabulary_size or prepared.vocabulary_size
+    if size < prepared.vocabulary_size:
+        raise ConfigError(
+            f"model.vocabulary_size {size} is smaller than the tokenizer's {prepared.vocabulary_size} "
+            f"({prepared.tokenizer_path}); raise it or prepare the data with another data.tokenizer"
+        )
+    model = config.model.model_copy(update={"vocabulary_size": size})
+    try:
+        model.check_tensor_degree(config.parallel.tensor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return model
+
+
+def _check_rows(config: RunConfig, degrees: Degrees) -> None:
+    train = config.train
+    at_once = degrees.data * train.micro_batch_rows
+    if train.rows_per_step % at_once:
+        raise ConfigError(
+            f"train.tokens_per_step {train.tokens_per_step} is {train.rows_per_step} rows of train.sequence_length "
+            f"{train.sequence_length}, which data {degrees.data} x train.micro_batch_rows {train.micro_batch_rows} do "
+            f"not divide; make train.tokens_per_step a multiple of {at_once * train.sequence_length}"
+        )
+    order = orders.build(config.parallel.order, train.sequence_length, degrees.context, config.parallel.stripe)
+    if config.parallel.sequence_parallel and order.slots * train.micro_batch_rows % degrees.tensor:
+        raise ConfigError(
+            f"parallel.sequence_parallel divides the {order.slots * train.micro_batch_rows} tokens of a context rank by "
+            f"parallel.tensor {degrees.tensor}, which does not go; change train.sequence_length"
+        )

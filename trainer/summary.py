@@ -1,0 +1,44 @@
+"""What a run says of itself before its first step and after its last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from farspan.trainer.checkpoint.store import CheckpointStore
+from farspan.trainer.config import RunConfig
+from farspan.trainer.feed import Feed
+from farspan.trainer.metrics import MetricsFile
+from farspan.trainer.preflight import Preflight
+
+
+def describe_start(config: RunConfig, preflight: Preflight, feed: Feed, report: Callable[[str], None]) -> None:
+    train, parallel = config.train, config.parallel
+    report(
+        f"model {config.model.preset or 'of the configuration'}: {preflight.model.parameters():,} parameters | "
+        f"mesh {preflight.degrees} | plan {parallel.plan}, order {parallel.order} | ZeRO {parallel.zero_stage}, {train.dtype}"
+    )
+    report(
+        f"step: {train.tokens_per_step:,} tokens = {train.rows_per_step} rows of {train.sequence_length:,} | "
+        f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents, "
+        f"{len(feed.steps.rows):,} rows | held out: {feed.heldout_rows} rows"
+    )
+
+
+def summarize(config: RunConfig, stopped_by: str | None, store: CheckpointStore, report: Callable[[str], None]) -> None:
+    """Ends with where to look."""
+    directory = config.run.dir
+    rows = MetricsFile(directory / "metrics.jsonl").read()
+    newest = store.list()[-1]
+    if stopped_by is not None and newest.step < config.train.steps:
+        report(f"stopped by {stopped_by} after step {newest.step} of {config.train.steps}; run again to go on")
+    else:
+        report(f"the run is complete: {newest.step} of {config.train.steps} steps")
+    first, last = rows[0], rows[-1]
+    report(f"  first loss      {first['loss']:.4f}")
+    report(f"  last loss       {last['loss']:.4f}")
+    evaluations = [row for row in rows if "eval_loss" in row]
+    if evaluations:
+        report(f"  held-out loss   {evaluations[-1]['eval_loss']:.4f} (step {evaluations[-1]['step']})")
+    report(f"  tokens seen     {last['tokens']:,}")
+    report(f"  checkpoint      {newest.path}")
+    report(f"  curves          tensorboard --logdir {directory / 'tensorboard'}")

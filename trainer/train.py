@@ -1,0 +1,122 @@
+"""One worker's life: process group, mesh, model, engine, resume, loop, farewell."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from farspan.models.decoder import Decoder
+from farspan.models.layers import Sharding
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.callbacks.evaluation import Evaluation
+from farspan.trainer.callbacks.recording import Recording
+from farspan.trainer.callbacks.saving import Saving
+from farspan.trainer.checkpoint.state import RunState
+from farspan.trainer.checkpoint.store import CheckpointStore
+from farspan.trainer.config import ConfigError, RunConfig, dump_config
+from farspan.trainer.engine import Engine
+from farspan.trainer.feed import Feed
+from farspan.trainer.preflight import Preflight, check
+from farspan.trainer.run_lock import RunLock
+from farspan.trainer.stop import StopRequest
+from farspan.trainer.summary import describe_start, summarize
+from farspan.trainer.trainer import Callback, Trainer
+
+
+def run(config: RunConfig, resume: bool = True) -> None:
+    """Trains as the rank that RANK and WORLD_SIZE name (a worker of `farspan train` or torchrun), to the end.
+
+    With `resume` the run goes on from its newest valid checkpoint, if it has one; without, a run directory that has
+    checkpoints is refused.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    preflight = check(config, world)
+    with StopRequest() as stop:
+        lock = RunLock(config.run.dir)
+        if rank == 0:
+            lock.acquire()
+        device = _start_process_group()
+        mesh = Mesh.create(preflight.degrees, device)
+        try:
+            _run(config, preflight, mesh, stop, resume, _reporter(rank))
+        finally:
+            mesh.destroy()
+            dist.destroy_process_group()
+            lock.release()
+
+
+def _run(
+    config: RunConfig, preflight: Preflight, mesh: Mesh, stop: StopRequest, resume: bool, report: Callable[[str], None]
+) -> None:
+    directory, leads = config.run.dir, dist.get_rank() == 0
+    if leads:
+        (directory / "config.yaml").write_text(dump_config(config))
+    _seed(config.run.seed)
+    sharding = Sharding(mesh.degrees.tensor, config.parallel.sequence_parallel, config.run.seed)
+    model = Decoder(
+        preflight.model,
+        sharding,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        backend=config.attention.backend,
+    )
+    feed = Feed(config, preflight.model, preflight.prepared, mesh)
+    engine = Engine(config, mesh, model)
+    store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+    state = RunState(store, config, str(mesh.degrees), preflight.prepared.fingerprint)
+    found = store.newest_valid(mesh.control)
+    if found is None and any((directory / "checkpoints").glob("*.damaged*")):
+        raise ConfigError(
+            f"every checkpoint in {directory / 'checkpoints'} is damaged and was set aside; start anew in another run.dir"
+        )
+    if found is not None and not resume:
+        raise ConfigError(f"{directory} has checkpoints; resume it, or choose another run.dir")
+    callbacks: list[Callback] = [Evaluation(config.eval.every)]
+    recording = Recording(directory, found.step if found else 0, report) if leads else None
+    if recording is not None:
+        callbacks.append(recording)
+    callbacks.append(Saving(state, config.checkpoint.every, report))
+    trainer = Trainer(config, mesh, engine, feed, callbacks)
+    if found is not None:
+        state.resume(trainer, found)
+        report(f"resumed from {found.path} at step {found.step}")
+    describe_start(config, preflight, feed, report)
+    trainer.train(stop)
+    if recording is not None:
+        recording.close()
+        summarize(config, trainer.stopping, store, report)
+    engine.close()
+
+
+def _start_process_group() -> torch.device:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    # A rank waits for the slowest one, and one step over a million tokens takes minutes.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1), device_id=device if cuda else None)
+    return device
+
+
+def _reporter(rank: int) -> Callable[[str], None]:
+    def report(line: str) -> None:
+        if rank == 0:
+            print(line, flush=True)
+
+    return report
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,115 @@
+"""The training loop: steps, and callbacks after each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from farspan.data.batch import Batch
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.config import RunConfig
+from farspan.trainer.engine import Engine
+from farspan.trainer.feed import Feed
+from farspan.trainer.loss import LossLaw
+from farspan.trainer.schedule import learning_rate
+from farspan.trainer.stop import StopRequest
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of a step is not a number any more."""
+
+
+@dataclass
+class StepRecord:
+    """What is known of a step when it is over; the names are those of `metrics.jsonl`. Steps count from 1."""
+
+    step: int
+    loss: float
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+    step_seconds: float
+    tokens_per_second: float
+    sequence_length: int
+    eval_loss: float | None = None
+
+
+class Callback(Protocol):
+    """One job done after every step, on all ranks, in the order in which callbacks are given."""
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None: ...
+
+
+class Trainer:
+    """Owns the loop and the two numbers that a resumed run goes on from: the last step and the tokens seen."""
+
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, engine: Engine, feed: Feed, callbacks: Sequence[Callback]
+    ) -> None:
+        self.config, self.mesh, self.engine, self.feed, self.callbacks = config, mesh, engine, feed, callbacks
+        self.step = 0
+        self.tokens = 0
+        self.stopping: str | None = None
+
+    @property
+    def last_step(self) -> bool:
+        """Whether no step follows: the run is complete, or it was asked to stop."""
+        return self.stopping is not None or self.step == self.config.train.steps
+
+    def train(self, stop: StopRequest) -> None:
+        """Runs to the last step, or to the end of the step in which some rank was asked to stop."""
+        while not self.last_step:
+            record = self._one_step()
+            if stop.agree(self.mesh.control):
+                self.stopping = stop.signal_name
+            for callback in self.callbacks:
+                callback.after_step(self, record)
+
+    def evaluate(self) -> float:
+        """Mean loss of the held-out rows."""
+        batches = self.feed.heldout_batches()
+        law = self._law(batches)
+        self.engine.training(False)
+        with torch.no_grad():
+            total = sum(
+                (self.engine.forward(self.feed.decoder_input(batch)).sum() for batch in batches),
+                torch.zeros((), device=self.mesh.device),
+            )
+        self.engine.training(True)
+        return law.mean(total)
+
+    def _one_step(self) -> StepRecord:
+        begin = time.perf_counter()
+        train = self.config.train
+        batches = self.feed.training_batches(self.step)
+        law = self._law(batches)
+        self.step += 1
+        total = torch.zeros((), device=self.mesh.device)
+        for number, batch in enumerate(batches, start=1):
+            losses = self.engine.forward(self.feed.decoder_input(batch))
+            self.engine.backward(law.objective(losses), last=number == len(batches))
+            total += losses.detach().sum()
+        rate = learning_rate(self.config.optimizer, self.step, train.steps)
+        loss, norm = law.mean(total), self.engine.step(rate)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            first = (self.step - 1) * train.rows_per_step
+            raise NonFiniteError(
+                f"step {self.step} has loss {loss} and gradient norm {norm}; its samples are {first} to "
+                f"{first + train.rows_per_step - 1}. Nothing of it was saved: the last checkpoint is untouched"
+            )
+        self.tokens += law.valid_tokens
+        seconds = time.perf_counter() - begin
+        return StepRecord(
+            self.step, loss, self.tokens, norm, rate, seconds, law.valid_tokens / seconds, train.sequence_length
+        )
+
+    def _law(self, batches: Sequence[Batch]) -> LossLaw:
+        law = LossLaw.of_step(sum(batch.valid for batch in batches), self.mesh.loss, self.mesh.device)
+        if law.valid_tokens == 0:
+            raise NonFiniteError(f"no token after step {self.step} has a label, so that there is no loss")
+        return law
