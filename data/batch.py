@@ -43,9 +43,8 @@ def make_batch(
     length = order.length
     whole = np.arange(length)
     positions = [whole if across_documents else row.positions for row in rows]
-    mask = (
-        masks.causal(length) if across_documents else masks.stack(masks.causal(length, row.cu_seqlens) for row in rows)
-    )
+    documents = (masks.causal(length, row.cu_seqlens.tolist()) for row in rows)
+    mask = masks.causal(length) if across_documents else masks.stack(documents)
 
     def shard(values: Sequence[np.ndarray], padding: int) -> Tensor:
         return order.shard(torch.from_numpy(np.stack(values)), rank, padding=padding)

@@ -14,6 +14,9 @@ from farspan.launch.worker import USER_ERROR
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 for an error of the user's, said in one line; else that of the worker that failed."""
     options = _parser().parse_args(arguments)
+    from farspan.launch.quiet import quiet_libraries
+
+    quiet_libraries()
     from farspan.data.errors import DataError
     from farspan.trainer.checkpoint.manifest import CheckpointError
     from farspan.trainer.config import ConfigError

@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with_parent(options.parent)
     report_errors_to_launcher()
     # Imported only now: it takes seconds, in which the launcher may die.
+    from farspan.launch.quiet import quiet_libraries
+
+    quiet_libraries()
     from farspan.data.errors import DataError
     from farspan.trainer.config import ConfigError, load_config
     from farspan.trainer.run_lock import RunLockedError

@@ -50,4 +50,4 @@ class SelfAttention(nn.Module):
         q, k, v = heads(self.query(x)[0]), heads(self.key(x)[0]), heads(self.value(x)[0])
         q, k = context.rotation(self.query_norm(q)), context.rotation(self.key_norm(k))
         out, _ = attention(q, k, v, context.plan, context.group, backend=context.backend)
-        return self.out(out.flatten(2).flatten(0, 1))[0]  # type: ignore[no-any-return]
+        return self.out(out.flatten(2).flatten(0, 1))[0]

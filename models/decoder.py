@@ -52,7 +52,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         x = x + self.attention(self.attention_norm(x), context)
-        return x + self.feed_forward(self.feed_forward_norm(x))  # type: ignore[no-any-return]
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Decoder(nn.Module):

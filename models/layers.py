@@ -102,4 +102,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x)[0], self.up(x)[0]
-        return self.down(nn.functional.silu(gate) * up)[0]  # type: ignore[no-any-return]
+        return self.down(nn.functional.silu(gate) * up)[0]

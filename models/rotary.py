@@ -23,7 +23,7 @@ class Rotation:
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """fp64 `[D / 2]`: radians per position of each pair. Methods that scale the context change these, and only these."""
+    """fp64 `[D / 2]`: radians per position of each pair. Methods that scale the context change only these."""
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,35 +34,33 @@ def attention(
     Returns:
         out `[B, slots, H, D]` in q's dtype and lse `[B, H, slots]`, which carries no gradient.
     """
-    return _PlannedAttention.apply(q, k, v, prepared, group, scale, backend)  # type: ignore[no-any-return]
+    return _PlannedAttention.apply(q, k, v, _Call(prepared, group, scale, backend))
+
+
+class _Call(NamedTuple):
+    prepared: PreparedPlan
+    group: dist.ProcessGroup | None
+    scale: float | None
+    backend: str
 
 
 class _PlannedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prepared: PreparedPlan,
-        group: dist.ProcessGroup | None,
-        scale: float | None,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        run = _Forward(prepared, group, scale, backend, q, k, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+        run = _Forward(call, q, k, v)
         run()
         out = run.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, run.lse)
-        ctx.constants = (prepared, group, scale, backend, run.kept)
+        ctx.call, ctx.kept = call, run.kept
         ctx.mark_non_differentiable(run.lse)
         return out, run.lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        run = _Backward(*ctx.constants, q, k, v, dout, lse, row_delta(dout, out))
+        run = _Backward(ctx.call, ctx.kept, (q, dout, lse, row_delta(dout, out)), (k, v))
         run()
-        return run.dq.to(q.dtype), run.dk.to(k.dtype), run.dv.to(v.dtype), None, None, None, None
+        return run.dq.to(q.dtype), run.dk.to(k.dtype), run.dv.to(v.dtype), None
 
 
 class _Run:
@@ -73,20 +71,17 @@ class _Run:
 
     def __init__(
         self,
-        prepared: PreparedPlan,
-        group: dist.ProcessGroup | None,
-        scale: float | None,
-        backend: str,
+        call: _Call,
         operands: dict[Side, tuple[Tensor, ...]],
         totals: dict[Side, tuple[Tensor, ...]],
         arrived: dict[int, tuple[Tensor, ...]],
     ) -> None:
-        self.plan, self.rank = prepared.plan, prepared.rank
-        self.scale, self.backend = scale, backend
+        self.plan, self.rank = call.prepared.plan, call.prepared.rank
+        self.scale, self.backend = call.scale, call.backend
         self.operands, self.totals = operands, totals
         self.foreign = dict(arrived)
         self.results: dict[int, tuple[Tensor, ...]] = {}
-        self.wire = Wire(self.plan, self.rank, group, operands["kv"][0], backward=self.direction == "backward")
+        self.wire = Wire(self.plan, self.rank, call.group, operands["kv"][0], backward=self.direction == "backward")
 
     def __call__(self) -> None:
         for stage in self.stages:
@@ -143,22 +138,12 @@ class _Run:
 class _Forward(_Run):
     direction = "forward"
 
-    def __init__(
-        self,
-        prepared: PreparedPlan,
-        group: dist.ProcessGroup | None,
-        scale: float | None,
-        backend: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> None:
+    def __init__(self, call: _Call, q: Tensor, k: Tensor, v: Tensor) -> None:
         work = accumulation_dtype(q.dtype)
-        self.stages = prepared.forward
+        self.stages = call.prepared.forward
         self.out = torch.zeros_like(q, dtype=work)
         self.lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=work)
-        operands: dict[Side, tuple[Tensor, ...]] = {"q": (q,), "kv": (k, v)}
-        super().__init__(prepared, group, scale, backend, operands, {"q": (self.out, self.lse)}, {})
+        super().__init__(call, {"q": (q,), "kv": (k, v)}, {"q": (self.out, self.lse)}, {})
 
     @property
     def kept(self) -> dict[int, tuple[Tensor, ...]]:
@@ -167,11 +152,18 @@ class _Forward(_Run):
 
     def compute(self, piece: PreparedPiece) -> None:
         (q,), (k, v) = self.gather(piece.q), self.gather(piece.kv)
-        work, accumulate = self.out.dtype, self.accumulators(piece.q)
+        total = self.accumulators(piece.q)
         result = attend(
-            q, k, v, piece.mask, scale=self.scale, backend=self.backend, out_dtype=work, accumulate=accumulate
+            q,
+            k,
+            v,
+            piece.mask,
+            scale=self.scale,
+            backend=self.backend,
+            out_dtype=self.out.dtype,
+            accumulate=None if total is None else (total[0], total[1]),
         )
-        if accumulate is None:
+        if total is None:
             self.scatter(piece.q, result)
 
     def combine(self, total: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
@@ -183,24 +175,15 @@ class _Backward(_Run):
 
     def __init__(
         self,
-        prepared: PreparedPlan,
-        group: dist.ProcessGroup | None,
-        scale: float | None,
-        backend: str,
+        call: _Call,
         kept: dict[int, tuple[Tensor, ...]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
+        rows: tuple[Tensor, ...],
+        keys: tuple[Tensor, ...],
     ) -> None:
-        work = accumulation_dtype(q.dtype)
-        self.stages = prepared.backward
-        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=work) for x in (q, k, v))
-        operands: dict[Side, tuple[Tensor, ...]] = {"q": (q, dout, lse, delta), "kv": (k, v)}
-        totals: dict[Side, tuple[Tensor, ...]] = {"q": (self.dq,), "kv": (self.dk, self.dv)}
-        super().__init__(prepared, group, scale, backend, operands, totals, kept)
+        work = accumulation_dtype(rows[0].dtype)
+        self.stages = call.prepared.backward
+        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=work) for x in (rows[0], *keys))
+        super().__init__(call, {"q": rows, "kv": keys}, {"q": (self.dq,), "kv": (self.dk, self.dv)}, kept)
 
     def compute(self, piece: PreparedPiece) -> None:
         (q, dout, lse, delta), (k, v) = self.gather(piece.q), self.gather(piece.kv)
@@ -217,7 +200,7 @@ class _Backward(_Run):
             backend=self.backend,
             delta=delta,
             out_dtype=self.dq.dtype,
-            accumulate=(*(to_q or (None,)), *(to_kv or (None, None))),  # type: ignore[arg-type]
+            accumulate=(to_q[0] if to_q else None, *((to_kv[0], to_kv[1]) if to_kv else (None, None))),
         )
         if to_q is None:
             self.scatter(piece.q, gradients[:1])

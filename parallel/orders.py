@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class Order:
         """
         cuts = np.flatnonzero(np.diff(self.positions[rank]) != 1) + 1
         edges = [0, int(cuts[0]), self.slots] if len(cuts) == 1 else [0, self.slots]
-        return list(zip(edges, edges[1:]))
+        return list(pairwise(edges))
 
 
 def contiguous(length: int, world: int) -> Order:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ def _rows(
 ) -> Rows:
     atoms = [plan.blocks[block] for block in blocks]
     sizes = tuple(atom.slots[1] - atom.slots[0] for atom in atoms)
-    adjacent = all(a.slots[1] == b.slots[0] and a.heads == b.heads for a, b in zip(atoms, atoms[1:]))
+    adjacent = all(a.slots[1] == b.slots[0] and a.heads == b.heads for a, b in pairwise(atoms))
     if permutation is None and adjacent and all(atom.owner == rank for atom in atoms):
         span = Block(atoms[0].side, rank, (atoms[0].slots[0], atoms[-1].slots[1]), atoms[0].heads)
         return Rows(blocks, sizes, span, None)

@@ -130,7 +130,7 @@ def _areas(plan: Plan, order: Order, mask: IntervalMask) -> dict[tuple[int, int]
             np.add.at(change, low[:, rows].ravel(), 1)
             np.add.at(change, high[:, rows].ravel(), -1)
         counts = np.bincount(of_position, weights=change.cumsum()[:-1], minlength=len(keys))
-        for number in np.flatnonzero(counts):
+        for number in np.flatnonzero(counts).tolist():
             for q in indices:
                 for kv in keys[number][0]:
                     areas[q, kv] = int(counts[number])

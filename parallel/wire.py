@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from farspan.kernels import accumulation_dtype
 from farspan.parallel.plan import Move, Plan, parts
+
+Item = TypeVar("Item")
 
 
 class Wire:
@@ -92,9 +95,9 @@ class Wire:
         return dist.get_global_rank(self.group, peer)
 
 
-def _bundles(items, key):  # type: ignore[no-untyped-def]
+def _bundles(items: Iterable[Item], key: Callable[[Item], tuple[int, int]]) -> dict[tuple[int, int], list[Item]]:
     """Items with the same (peer, deadline), in the plan's order on both sides, become one message."""
-    bundles = defaultdict(list)
+    bundles: dict[tuple[int, int], list[Item]] = defaultdict(list)
     for item in items:
         bundles[key(item)].append(item)
     return bundles

@@ -1,4 +1,4 @@
-"""The configuration: one YAML file, `key=value` overrides, and everything that can be checked before a process starts."""
+"""The configuration: one YAML file, `key=value` overrides, and what can be checked in them alone."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class OptimizerSection(_Section):
     learning_rate: float = Field(3e-4, gt=0)
     """Highest learning rate of the schedule."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """After the warm-up: a half cosine down, no change, or no change and then a linear decay (warm-up, stable, decay)."""
+    """After the warm-up: a half cosine, no change, or no change and then a linear decay (warm-up, stable, decay)."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly."""
     final_fraction: float = Field(0.1, ge=0, le=1)
@@ -155,7 +155,7 @@ class RunConfig(_Section):
     eval: EvalSection = EvalSection()  # type: ignore[call-arg]
     checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
     deepspeed: dict[str, Any] | Path = Field(default_factory=dict)
-    """Further keys of a DeepSpeed configuration, inline or as the path of a JSON file; none that is set elsewhere here."""
+    """Further keys of a DeepSpeed configuration, inline or as the path of a JSON file; none that is set elsewhere."""
 
     @model_validator(mode="after")
     def _check_choices(self) -> RunConfig:

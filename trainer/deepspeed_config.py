@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from farspan.parallel.mesh import Degrees
+from farspan.parallel.degrees import Degrees
 from farspan.trainer.config import ConfigError, RunConfig
 
 # DeepSpeed's keys that have one of ours. Setting them twice would leave open which one counts.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from farspan.kernels import masks
 from farspan.parallel import orders, plans
-from farspan.parallel.mesh import Degrees, MeshError
+from farspan.parallel.degrees import Degrees, MeshError
 from farspan.parallel.verify import verify
 from farspan.trainer.config import ConfigError, RunConfig
 
@@ -33,13 +33,15 @@ def describe_plan(config: RunConfig, processes: int, report: Callable[[str], Non
         f"plan          {plan.name}: {heads[0]} query and {heads[1]} kv heads a rank, {len(plan.blocks)} blocks, "
         f"{plan.forward.stages} stages forward, {plan.backward.stages} backward, digest {plan.digest()}"
     )
-    report(f"attention     {found.pairs:,} visible pairs a head; busiest rank x{found.imbalance:.3f} of the mean, ")
-    report(f"              x{found.stage_imbalance:.3f} when ranks wait for each other at every stage")
+    report(
+        f"attention     {found.pairs:,} visible pairs a head; the busiest rank has {found.imbalance:.3f} of the mean, "
+        f"{found.stage_imbalance:.3f} when ranks wait for each other at every stage"
+    )
     for direction in ("forward", "backward"):
-        sent = found.bytes_sent(direction, item, 4)
+        sent = [count / 1e6 for count in found.bytes_sent(direction, item, 4)]
+        peak = found.peak_slots[direction] * 2 * model.head_dim * item * train.micro_batch_rows / 1e6
         report(
-            f"{direction:<13} a layer sends {max(sent) / 1e6:,.3f} MB from its busiest rank, {sum(sent) / 1e6:,.3f} MB in all; "
-            f"{found.peak_slots[direction] * model.head_dim * 2 * item * train.micro_batch_rows / 1e6:,.3f} MB of foreign "
-            "keys and values at once"
+            f"{direction:<13} each layer sends {max(sent):,.3f} MB from the busiest rank, {sum(sent):,.3f} MB in all; "
+            f"a rank holds {peak:,.3f} MB of foreign keys and values at once"
         )
     report("verified      every pair once, operands in place, every result home")

@@ -18,7 +18,7 @@ from farspan.trainer.deepspeed_config import engine_config
 
 
 class ModelParallelUnit:
-    """Megatron's groups under the names that DeepSpeed asks for; its data-parallel group holds the context ranks too."""
+    """Megatron's groups under DeepSpeed's names for them; its data-parallel group holds the context ranks too."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh

@@ -59,7 +59,7 @@ class Feed:
         return batches
 
     def decoder_input(self, batch: Batch) -> DecoderInput:
-        """Moves a batch to the device, with the plan that every rank of the context group derives alike from its mask."""
+        """Moves a batch to the device, with the plan that all ranks of the context group derive alike from its mask."""
         plan = plans.build(self.plan_name, batch.order, batch.mask, self.heads)
         device = self.mesh.device
         return DecoderInput(

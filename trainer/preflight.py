@@ -10,7 +10,7 @@ from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
 from farspan.models.config import ModelConfig
 from farspan.parallel import orders
-from farspan.parallel.mesh import Degrees, MeshError
+from farspan.parallel.degrees import Degrees, MeshError
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 
@@ -81,6 +81,6 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
     order = orders.build(config.parallel.order, train.sequence_length, degrees.context, config.parallel.stripe)
     if config.parallel.sequence_parallel and order.slots * train.micro_batch_rows % degrees.tensor:
         raise ConfigError(
-            f"parallel.sequence_parallel divides the {order.slots * train.micro_batch_rows} tokens of a context rank by "
+            f"parallel.sequence_parallel divides a context rank's {order.slots * train.micro_batch_rows} tokens by "
             f"parallel.tensor {degrees.tensor}, which does not go; change train.sequence_length"
         )

@@ -18,7 +18,7 @@ from farspan.trainer.callbacks.evaluation import Evaluation
 from farspan.trainer.callbacks.recording import Recording
 from farspan.trainer.callbacks.saving import Saving
 from farspan.trainer.checkpoint.state import RunState
-from farspan.trainer.checkpoint.store import CheckpointStore
+from farspan.trainer.checkpoint.store import CheckpointStore, Found
 from farspan.trainer.config import ConfigError, RunConfig, dump_config
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
@@ -44,17 +44,21 @@ def run(config: RunConfig, resume: bool = True) -> None:
         device = _start_process_group()
         mesh = Mesh.create(preflight.degrees, device)
         try:
-            _run(config, preflight, mesh, stop, resume, _reporter(rank))
+            train_on(mesh, config, preflight, stop, resume, _reporter(rank))
         finally:
             mesh.destroy()
             dist.destroy_process_group()
             lock.release()
 
 
-def _run(
-    config: RunConfig, preflight: Preflight, mesh: Mesh, stop: StopRequest, resume: bool, report: Callable[[str], None]
+def train_on(
+    mesh: Mesh, config: RunConfig, preflight: Preflight, stop: StopRequest, resume: bool, report: Callable[[str], None]
 ) -> None:
+    """Trains on a mesh that exists; collective over all its ranks. `report` gets lines on every rank."""
     directory, leads = config.run.dir, dist.get_rank() == 0
+    store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+    state = RunState(store, config, str(mesh.degrees), preflight.prepared.fingerprint)
+    found = _find_checkpoint(store, state, mesh, resume)
     if leads:
         (directory / "config.yaml").write_text(dump_config(config))
     _seed(config.run.seed)
@@ -67,15 +71,6 @@ def _run(
     )
     feed = Feed(config, preflight.model, preflight.prepared, mesh)
     engine = Engine(config, mesh, model)
-    store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
-    state = RunState(store, config, str(mesh.degrees), preflight.prepared.fingerprint)
-    found = store.newest_valid(mesh.control)
-    if found is None and any((directory / "checkpoints").glob("*.damaged*")):
-        raise ConfigError(
-            f"every checkpoint in {directory / 'checkpoints'} is damaged and was set aside; start anew in another run.dir"
-        )
-    if found is not None and not resume:
-        raise ConfigError(f"{directory} has checkpoints; resume it, or choose another run.dir")
     callbacks: list[Callback] = [Evaluation(config.eval.every)]
     recording = Recording(directory, found.step if found else 0, report) if leads else None
     if recording is not None:
@@ -91,6 +86,19 @@ def _run(
         recording.close()
         summarize(config, trainer.stopping, store, report)
     engine.close()
+
+
+def _find_checkpoint(store: CheckpointStore, state: RunState, mesh: Mesh, resume: bool) -> Found | None:
+    found = store.newest_valid(mesh.control)
+    if found is None and any(store.directory.glob("*.damaged*")):
+        raise ConfigError(
+            f"all checkpoints in {store.directory} are damaged and set aside; to start anew, choose another run.dir"
+        )
+    if found is not None:
+        if not resume:
+            raise ConfigError(f"{store.directory} has checkpoints; resume the run, or choose another run.dir")
+        state.check(found)
+    return found
 
 
 def _start_process_group() -> torch.device:

@@ -35,8 +35,8 @@ def ring(order: Order, mask: IntervalMask, heads: tuple[int, int], name: str = "
             rectangle = needed[[[q_at[b]] for b in rows[rank]], [kv_at[b] for b in keys[owner]]]
             if not rectangle.any():
                 continue
-            q_blocks = tuple(b for b, hit in zip(rows[rank], rectangle.any(1)) if hit)
-            kv_blocks = tuple(b for b, hit in zip(keys[owner], rectangle.any(0)) if hit)
+            q_blocks = tuple(block for block, needs in zip(rows[rank], rectangle) if needs.any())
+            kv_blocks = tuple(block for block, needs in zip(keys[owner], rectangle.T) if needs.any())
             pieces.append(Piece(rank, stage, q_blocks, kv_blocks))
             for block in kv_blocks:
                 used[block].append(stage)

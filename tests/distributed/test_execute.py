@@ -198,16 +198,16 @@ def test_one_rank_equals_the_kernel_itself() -> None:
     out, lse = attention(*local, prepare(plans.single(order, mask, heads), order, mask, 0), None)
     out.backward(dout)
     expected = attend(q, k, v, mask)
-    assert torch.equal(out, expected[0])
-    assert torch.equal(lse, expected[1])
+    assert difference(out, expected[0]) < 1e-6
+    assert difference(lse, expected[1]) < 1e-6
     for got, wanted in zip(local, attend_backward(dout, q, k, v, *expected, mask)):
-        assert torch.equal(got.grad, wanted)
+        assert difference(got.grad, wanted) < 1e-6
     assert accumulation_dtype(torch.bfloat16) == torch.float32
 
 
 def test_single_refuses_a_shared_row() -> None:
     order = orders.zigzag(16, 2)
-    with pytest.raises(ValueError, match="parallel.context is 2; take 'ring'"):
+    with pytest.raises(ValueError, match=r"parallel.context is 2; take 'ring'"):
         plans.build("single", order, masks.causal(16), (2, 2))
-    with pytest.raises(ValueError, match="parallel.plan is 'star'; possible are single, ring, all_gather"):
+    with pytest.raises(ValueError, match=r"parallel.plan is 'star'; possible are single, ring, all_gather"):
         plans.build("star", order, masks.causal(16), (2, 2))

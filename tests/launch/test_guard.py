@@ -44,7 +44,8 @@ def test_kill_9_of_the_launcher_leaves_no_worker(tmp_path, start):
     else:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--redirects=3"]
         command += [f"--log-dir={tmp_path}", "blocked.py", "sleep"]
-    launcher = subprocess.Popen([sys.executable, *command], cwd=WORKERS, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # what a killed launcher leaves there goes with the test
+    launcher = subprocess.Popen([sys.executable, *command], cwd=WORKERS, stderr=subprocess.DEVNULL, env=environment)
 
     def outputs() -> list[str]:
         return [path.read_text() for path in tmp_path.rglob("*stdout.log")]

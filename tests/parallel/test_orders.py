@@ -35,9 +35,9 @@ def test_the_drawings_in_the_docstrings() -> None:
 
 
 def test_impossible_orders_are_refused() -> None:
-    with pytest.raises(ValueError, match="parallel.order is 'spiral'; possible are contiguous, zigzag, striped"):
+    with pytest.raises(ValueError, match=r"parallel.order is 'spiral'; possible are contiguous, zigzag, striped"):
         orders.build("spiral", 8, 2)
-    with pytest.raises(ValueError, match="parallel.stripe = 0"):
+    with pytest.raises(ValueError, match=r"parallel.stripe = 0"):
         orders.striped(8, 2, 0)
-    with pytest.raises(ValueError, match="length 0"):
+    with pytest.raises(ValueError, match=r"length 0"):
         orders.contiguous(0, 2)

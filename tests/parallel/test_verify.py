@@ -109,11 +109,9 @@ def test_every_single_break_is_found(name: str, order_name: str, direction: str)
         mutants.append((f"to itself {move}", _broken(plan, direction, [*rest, replace(move, dst=move.src)])))
         mutants.append((f"no such peer {move}", _broken(plan, direction, [*rest, replace(move, dst=4)])))
         owner = plan.blocks[move.block].owner
-        if move.home:
-            # Sent further along the chain, or straight to its owner, a result would still come home: send it back.
-            wrong = (move.src - 1) % 4
-        else:
-            wrong = next(r for r in range(4) if r not in (move.src, move.dst))
+        # Sent further along the chain, or straight to its owner, a result would still come home: send it back.
+        third = next(r for r in range(4) if r not in (move.src, move.dst))
+        wrong = (move.src - 1) % 4 if move.home else third
         if wrong != owner and (move.home or _used_at(move, schedule)):
             mutants.append((f"wrong peer {move}", _broken(plan, direction, [*rest, replace(move, dst=wrong)])))
         late = replace(move, start=move.start + 90, stop=move.stop + 90)

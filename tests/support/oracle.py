@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def mask_cases(length: int) -> list[MaskCase]:
     cu = sorted(set(cu))
     document = [max(i for i, begin in enumerate(cu[:-1]) if begin <= x) for x in range(length)]
     start = [cu[d] for d in document]
-    sizes = [b - a for a, b in zip(cu, cu[1:])]
+    sizes = [b - a for a, b in pairwise(cu)]
 
     def together(q: int, k: int) -> bool:
         return document[q] == document[k]

@@ -47,13 +47,16 @@ class RunState:
         }
         return self.store.save(trainer.step, write, state, trainer.mesh.control)
 
-    def resume(self, trainer: Trainer, found: Found) -> None:
-        """Collective. ConfigError when the checkpoint is of another layout, model or order of samples."""
+    def check(self, found: Found) -> None:
+        """ConfigError when the checkpoint is of another layout, model or order of samples."""
         saved: dict[str, Any] = found.state["identity"]
         changed = [key for key, value in self.identity.items() if saved.get(key) != value]
         if changed:
             changes = "; ".join(f"{key} was {saved.get(key)} and is {self.identity[key]}" for key in changed)
             raise ConfigError(f"{found.path} cannot be resumed with this configuration: {changes}")
+
+    def resume(self, trainer: Trainer, found: Found) -> None:
+        """Collective; the checkpoint must have passed `check`."""
         trainer.engine.load(str(found.path))
         rank = torch.distributed.get_rank()
         _set_random_state(torch.load(found.path / f"random_{rank:05d}.pt", weights_only=False))

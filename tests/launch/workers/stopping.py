@@ -4,6 +4,9 @@ import signal
 import sys
 import time
 
+from farspan.launch.guard import end_with_parent
+
+end_with_parent()
 received: list[str] = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
