@@ -16,7 +16,8 @@ from farspan.kernels.merge import accumulation_dtype
 
 # Scores held at once, over batch, heads, rows and keys: 64 MiB in fp32.
 _SCORES = 1 << 24
-_ROWS = 256
+# Rows of a block: on a CPU its scores then stay in the cache, on a GPU they fill the chip.
+_ROWS = {"cpu": 64, "cuda": 512}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> tuple[Tensor, Tensor]:
@@ -27,12 +28,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) ->
     out = q.new_zeros(batch, rows, heads, v.shape[3], dtype=work)
     lse = q.new_full((batch, heads, rows), float("-inf"), dtype=work)
     for tile in _tiles(mask, q, k):
-        scores = _scores(queries, keys, mask, tile, scale)
-        row_lse = scores.logsumexp(-1)
-        probabilities = torch.exp(scores - _finite(row_lse)[..., None])
-        part = probabilities.flatten(2, 3) @ values[:, :, tile.keys].to(work)
-        out[:, tile.rows] = _ungrouped(part.view(*scores.shape[:4], -1))
-        lse[:, :, tile.rows] = row_lse.flatten(1, 2)
+        weights = _scores(queries, keys, mask, tile, scale)
+        highest = _finite(weights.amax(-1))
+        weights.sub_(highest[..., None]).exp_()
+        total = weights.sum(-1)
+        part = (weights.flatten(2, 3) @ values[:, :, tile.keys].to(work)).unflatten(2, weights.shape[2:4])
+        # A row that sees nothing has weights and total 0.
+        part.div_(torch.where(total == 0, torch.ones_like(total), total)[..., None])
+        out[:, tile.rows] = _ungrouped(part)
+        lse[:, :, tile.rows] = (highest + total.log()).flatten(1, 2)
     return out, lse
 
 
@@ -49,16 +53,17 @@ def attend_backward(
     dk = torch.zeros_like(keys, dtype=work, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(values, dtype=work, memory_format=torch.contiguous_format)
     for tile in _tiles(mask, q, k):
-        scores = _scores(queries, keys, mask, tile, scale)
-        probabilities = torch.exp(scores - _finite(row_lse[..., tile.rows])[..., None])
+        weights = _scores(queries, keys, mask, tile, scale)
+        shape = weights.shape[2:4]
+        weights.sub_(_finite(row_lse[..., tile.rows])[..., None]).exp_()
+        weights = weights.flatten(2, 3)
         rows = queries[:, :, :, tile.rows].to(work).flatten(2, 3)
         dout_rows = gradients[:, :, :, tile.rows].to(work).flatten(2, 3)
-        flat = probabilities.flatten(2, 3)
-        dv[:, :, tile.keys] += flat.transpose(-1, -2) @ dout_rows
-        dp = dout_rows @ values[:, :, tile.keys].to(work).transpose(-1, -2)
-        ds = flat * (dp - row_delta[..., tile.rows].flatten(2, 3)[..., None]) * scale
-        dq[:, tile.rows] = _ungrouped((ds @ keys[:, :, tile.keys].to(work)).view(*scores.shape[:4], -1))
-        dk[:, :, tile.keys] += ds.transpose(-1, -2) @ rows
+        dv[:, :, tile.keys] += weights.transpose(-1, -2) @ dout_rows
+        ds = dout_rows @ values[:, :, tile.keys].to(work).transpose(-1, -2)
+        ds.sub_(row_delta[..., tile.rows].flatten(2, 3)[..., None]).mul_(weights)
+        dq[:, tile.rows] = _ungrouped((ds @ keys[:, :, tile.keys].to(work)).unflatten(2, shape)) * scale
+        dk[:, :, tile.keys] += ds.transpose(-1, -2) @ (rows * scale)
     return dq, dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -71,7 +76,7 @@ class _Tile:
 
 def _tiles(mask: IntervalMask, q: Tensor, k: Tensor) -> Iterator[_Tile]:
     batch, length, heads, _ = q.shape
-    rows = max(1, min(_ROWS, _SCORES // max(1, batch * heads * k.shape[1])))
+    rows = max(1, min(_ROWS.get(q.device.type, 512), _SCORES // max(1, batch * heads * k.shape[1])))
     starts = range(0, length, rows)
     # One reduction over the whole mask, so that a GPU is asked once and not once a block.
     first, last, shortest = (bound.tolist() for bound in _block_bounds(mask, rows))

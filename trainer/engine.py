@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import io
 import math
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -55,7 +56,6 @@ class Engine:
 
         # DeepSpeed would compile this C++ op at first use on a CPU, which needs a compiler and two minutes.
         __compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.optimizer),
             lr=config.optimizer.learning_rate,
@@ -64,13 +64,14 @@ class Engine:
             fused=mesh.device.type == "cuda",
         )
         self._mesh, self._stage = mesh, config.parallel.zero_stage
-        self._engine, *_ = deepspeed.initialize(
-            model=model.to(mesh.device),
-            optimizer=self._optimizer,
-            config=engine_config(config, mesh.degrees),
-            mpu=ModelParallelUnit(mesh),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # its reports of memory, meant for its own developers
+            self._engine, *_ = deepspeed.initialize(
+                model=model.to(mesh.device),
+                optimizer=self._optimizer,
+                config=engine_config(config, mesh.degrees),
+                mpu=ModelParallelUnit(mesh),
+                dist_init_required=False,
+            )
 
     def forward(self, batch: Any) -> Tensor:
         losses: Tensor = self._engine(batch)

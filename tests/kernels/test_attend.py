@@ -23,7 +23,7 @@ def test_equals_the_dense_oracle_in_fp64(name: str, heads: tuple[int, int]) -> N
 
 
 def test_many_row_blocks_and_a_mask_for_each_row_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_ROWS", 7)
+    monkeypatch.setattr(reference, "_ROWS", {"cpu": 7})
     cases = mask_cases(61)
     mask = masks.stack([cases[3].mask, cases[4].mask])
     allowed = torch.cat([cases[3].allowed, cases[4].allowed])
@@ -115,7 +115,7 @@ def test_memory_is_bounded_by_the_row_block() -> None:
     with Largest() as largest:
         out, lse = attend(q, k, v, mask)
         attend_backward(dout, q, k, v, out, lse, mask)
-    assert 0 < largest.elements <= 256 * length
+    assert 0 < largest.elements <= 64 * length
 
 
 def test_errors_name_what_is_wrong() -> None:

@@ -272,8 +272,10 @@ def refusals(rank: int, world: int) -> list[str]:
     mesh = Mesh.create(Degrees(1, 1, 1), torch.device("cpu"))
     messages = []
     try:
-        for config, tensor in ((model_config(True, True).model_copy(update={"vocabulary_size": None}), 1),
-                               (model_config(True, True), 4)):
+        for config, tensor in (
+            (model_config(True, True).model_copy(update={"vocabulary_size": None}), 1),
+            (model_config(True, True), 4),
+        ):
             try:
                 Decoder(config, Sharding(tensor))
             except ValueError as error:

@@ -15,7 +15,7 @@ SHAPE = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 
 PUBLISHED = {"qwen2.5-0.5b": 494_032_768, "qwen2.5-3b": 3_085_938_688, "llama-3.1-8b": 8_030_261_248}
 
 
-@pytest.mark.parametrize(("preset", "parameters"), PUBLISHED.items())
+@pytest.mark.parametrize(("preset", "parameters"), list(PUBLISHED.items()))
 def test_presets_have_the_published_number_of_parameters(preset: str, parameters: int) -> None:
     assert ModelConfig.model_validate({"preset": preset}).parameters() == parameters
 
@@ -50,7 +50,10 @@ def test_what_is_given_beside_a_preset_takes_precedence() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"preset": "qwen-3b"}, r"there is no model\.preset 'qwen-3b'; did you mean 'qwen2\.5-3b'\? possible are 160m, "),
+        (
+            {"preset": "qwen-3b"},
+            r"there is no model\.preset 'qwen-3b'; did you mean 'qwen2\.5-3b'\? possible are 160m, ",
+        ),
         ({"preset": "zzz"}, r"there is no model\.preset 'zzz'; possible are 160m, llama"),
         ({**SHAPE, "heads": 5}, r"model\.heads 5 must be a multiple of model\.kv_heads 2"),
         ({**SHAPE, "head_dim": 7}, "multiple of 2"),

@@ -107,25 +107,33 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def largest_tensors(tokens: int, hidden_size: int, vocabulary: int, chunk_tokens: int) -> list[tuple[int, int]]:
-    """Elements of the largest tensor and number of operators, forward and backward."""
+def memory(tokens: int, hidden_size: int, vocabulary: int, chunk_tokens: int) -> list[int]:
+    """Elements of the largest tensor forward and backward, and of all tensors saved in between."""
     hidden = torch.randn(tokens, hidden_size, requires_grad=True)
     weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
     labels = torch.randint(0, vocabulary, (tokens,))
-    with Largest() as forward:
+    saved: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with Largest() as forward, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = VocabularyLoss(chunk_tokens, Sharding())(hidden, weight, labels).sum()
     with Largest() as backward:
         loss.backward()
-    return [(forward.elements, forward.operators), (backward.elements, backward.operators)]
+    assert forward.operators > tokens // chunk_tokens
+    assert backward.operators > tokens // chunk_tokens
+    return [forward.elements, backward.elements, sum(saved)]
 
 
-def run_largest(rank: int, world: int, *sizes: int) -> list[tuple[int, int]]:
-    return on_one_rank(largest_tensors, *sizes)  # type: ignore[no-any-return]
+def run_memory(rank: int, world: int, *sizes: int) -> list[int]:
+    return on_one_rank(memory, *sizes)  # type: ignore[no-any-return]
 
 
 def test_the_full_logits_never_exist(pool: Pool) -> None:
+    """Neither as one tensor nor as chunks that are kept for the backward pass."""
     tokens, hidden_size, vocabulary, chunk_tokens = 128, 8, 500, 16
-    ((forward, backward),) = pool.run(1, run_largest, tokens, hidden_size, vocabulary, chunk_tokens)
-    for elements, operators in (forward, backward):
-        assert operators > tokens // chunk_tokens
-        assert elements == chunk_tokens * vocabulary
+    ((forward, backward, saved),) = pool.run(1, run_memory, tokens, hidden_size, vocabulary, chunk_tokens)
+    assert forward == backward == chunk_tokens * vocabulary
+    assert saved < chunk_tokens * vocabulary

@@ -1,0 +1,90 @@
+"""The executor over NCCL on two GPUs, against the dense oracle."""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from support.oracle import dense_attention, mask_cases, random_qkv
+
+from farspan.kernels import attend, attend_backward
+from farspan.parallel import orders, plans
+from farspan.parallel.execute import attention
+from farspan.parallel.prepare import prepare
+
+LENGTH, HEADS, DIM = 515, (4, 2), 64
+
+
+def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double().cpu() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+def test_the_reference_backend_on_a_gpu(dtype: torch.dtype, bound: float) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for case in mask_cases(LENGTH):
+        whole = random_qkv(LENGTH, HEADS, DIM, dtype=dtype)
+        expected = dense_attention(*whole[:3], case.allowed, whole[3])
+        q, k, v, dout = (x.cuda() for x in whole)
+        mask = case.mask.to("cuda")
+        out, lse = attend(q, k, v, mask)
+        gradients = attend_backward(dout, q, k, v, out, lse, mask)
+        for got, wanted in zip((out, *gradients), (expected[0], *expected[2:])):
+            assert _relative(got, wanted) < bound, case.name
+
+
+def _errors(rank: int, folder: str) -> None:
+    """Worst relative error of each dtype over orders x plans x masks, and of one rank alone, saved by rank 0."""
+    torch.cuda.set_device(rank)
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.all_reduce(torch.zeros(1, device="cuda"))
+    results = {}
+    for dtype, case in product((torch.float64, torch.bfloat16), mask_cases(LENGTH)):
+        whole = random_qkv(LENGTH, HEADS, DIM, dtype=dtype)
+        expected = dense_attention(*whole[:3], case.allowed, whole[3])
+        alone = orders.contiguous(LENGTH, 1)
+        layouts = [("single", alone)] + [
+            (name, orders.build(order, LENGTH, 2, stripe=16))
+            for name, order in product(("ring", "all_gather"), orders.ORDERS)
+        ]
+        for name, order in layouts:
+            mine = 0 if order.world == 1 else rank
+            q, k, v, dout = (order.shard(x, mine).cuda() for x in whole)
+            local = [x.requires_grad_() for x in (q, k, v)]
+            plan = plans.build(name, order, case.mask, HEADS)
+            group = None if order.world == 1 else dist.group.WORLD
+            out, _ = attention(*local, prepare(plan, order, case.mask, mine, "cuda"), group)
+            out.backward(dout)
+            pairs = zip((out, *(x.grad for x in local)), (expected[0], *expected[2:]))
+            errors = torch.tensor(
+                [float((got.double().cpu() - order.shard(wanted, mine)).square().sum()) for got, wanted in pairs]
+            )
+            if order.world == 2:
+                errors = errors.cuda()
+                dist.all_reduce(errors)
+            results[str(dtype), case.name, name, order.name] = errors.sqrt().tolist()
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multigpu
+def test_two_gpus_are_as_exact_as_one(tmp_path: Path) -> None:
+    multiprocessing.spawn(_errors, (str(tmp_path),), nprocs=2)
+    results = torch.load(tmp_path / "results.pt")
+    ratios = []
+    for (dtype, case, name, order), errors in results.items():
+        if "float64" in dtype:
+            assert max(errors) < 1e-10, (case, name, order)
+        else:
+            one = results[dtype, case, "single", "contiguous"]
+            ratios += [a / b for a, b in zip(errors, one)]
+    print(f"bf16 error on two GPUs over that on one: {min(ratios):.3f} to {max(ratios):.3f}")
+    assert max(ratios) < 1.1

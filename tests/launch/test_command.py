@@ -1,0 +1,309 @@
+"""The `farspan` command: each mistake is one line and exit code 2, before anything is made or started."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farspan.launch import elastic
+from farspan.launch.command import main
+from farspan.trainer.run_lock import RunLock
+
+WORDS = "some short words of a plain text that come again and again in another order ".split()
+CONFIG = """
+run: {{dir: {folder}/run}}
+launch: {{processes: 1, stop_seconds: 7}}
+model: {{hidden_size: 32, layers: 2, heads: 4, kv_heads: 2, head_dim: 8, feed_forward_size: 48}}
+data: {{sources: [{folder}/text], directory: {folder}/prepared, vocabulary_size: 300, heldout_fraction: 0.2}}
+train: {{steps: 2, tokens_per_step: 256, sequence_length: 64, dtype: fp32}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a torchrun worker; and what the command sets for DeepSpeed must not outlive the test."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration, its text, and the data that `farspan prepare` made of it."""
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "text").mkdir()
+    for number in range(24):
+        words = (WORDS[(number * i + i * i) % len(WORDS)] for i in range(300))
+        (folder / "text" / f"{number:02d}.txt").write_text(" ".join(words))
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+    assert main(["prepare", str(folder / "config.yaml")]) == 0
+    return folder
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What would have been started, instead of starting it."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def instead(*positional: Any, **named: Any) -> int:
+        calls.append((positional, named))
+        return 0
+
+    monkeypatch.setattr(elastic, "run_workers", instead)
+    return calls
+
+
+def farspan(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user's shell runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "farspan.launch.command", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=120,
+    )
+
+
+def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for verb in ("train", "prepare", "plan", "checkpoint"):
+        assert re.search(rf"^ +{verb}\b", shown, re.MULTILINE), verb
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--help"])
+        assert ended.value.code == 0
+        assert f"farspan {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["tran"], ["train"], ["checkpoint"], ["train", "a", "--resume", "maybe"]])
+def test_what_is_no_command_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: farspan" in capsys.readouterr().err
+
+
+def test_help_needs_none_of_the_libraries() -> None:
+    """The command answers at once: torch and what is on it take seconds to import."""
+    heavy = "print([name for name in ('torch', 'megatron', 'deepspeed') if name in sys.modules])"
+    code = f"import sys; from farspan.launch.command import _parser; _parser().format_help(); {heavy}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n"
+
+
+# Mistakes.
+
+
+def check_refused(
+    arguments: Sequence[str], words: str, folder: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert main(arguments) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith("farspan: ")
+    assert written.err.endswith("\n")
+    assert written.err.count("\n") == 1
+    assert words in written.err
+    assert launches == []
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.stepz=3"], "there is no key train.stepz, did you mean 'steps'?"),
+        (["launch.processes=3", "parallel.context=2"], "3 processes cannot be divided into parallel.context 2 x "),
+        (["launch.processes=3"], "train.tokens_per_step 256 is 4 rows of train.sequence_length 64, which data 3 x "),
+        (["data.directory={folder}/nowhere"], "There is no prepared data in {folder}/nowhere"),
+        (["data.tokenizer={folder}/config.yaml"], "data.tokenizer is {folder}/config.yaml (sha256 "),
+        (["data.tokenizer={folder}/none.model"], "data.tokenizer is {folder}/none.model, where no file is"),
+        (["model.vocabulary_size=299"], "model.vocabulary_size 299 is smaller than the tokenizer's 300"),
+        (["deepspeed={bf16: {enabled: true}}"], "deepspeed.bf16 is set by train.dtype"),
+        (["train.steps"], "'train.steps' is not an override"),
+    ],
+)
+def test_train_refuses_what_cannot_run(
+    prepared: Path,
+    launches: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    words: str,
+) -> None:
+    overrides = [override.replace("{folder}", str(prepared)) for override in overrides]
+    arguments = ["train", str(prepared / "config.yaml"), *overrides]
+    check_refused(arguments, words.replace("{folder}", str(prepared)), prepared, launches, capsys)
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare", "plan"])
+def test_a_missing_configuration(
+    verb: str, tmp_path: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "missing.yaml"
+    words = f"the configuration {path} cannot be read: No such file or directory"
+    check_refused([verb, str(path)], words, tmp_path, launches, capsys)
+
+
+def test_a_run_that_another_process_holds(
+    prepared: Path, tmp_path: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    with RunLock(directory):
+        arguments = ["train", str(prepared / "config.yaml"), f"run.dir={directory}"]
+        check_refused(arguments, str(directory), tmp_path, launches, capsys)
+
+
+@pytest.mark.parametrize(
+    ("as_worker", "overrides", "words"),
+    [
+        (False, ["train.stepz=3"], "there is no key train.stepz, did you mean 'steps'?"),
+        (False, ["launch.processes=2", "parallel.context=3"], "2 processes cannot be divided into parallel.context 3"),
+        (True, ["train.sequence_length=32", "parallel.context=2"], "1 processes cannot be divided into"),
+    ],
+    ids=["a misspelt key", "an impossible mesh", "a torchrun worker"],
+)
+def test_a_real_command_says_one_line_and_nothing_else(
+    prepared: Path, as_worker: bool, overrides: list[str], words: str
+) -> None:
+    """What libraries print when they are imported would drown it."""
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if as_worker else {}
+    done = farspan("train", str(prepared / "config.yaml"), *overrides, **environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("farspan: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (prepared / "run").exists()
+
+
+def test_what_can_run_is_started(prepared: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The other side of the refusals above."""
+    config = str(prepared / "config.yaml")
+    assert main(["train", config, "train.steps=1", "--resume", "never"]) == 0
+    (((module, arguments), named),) = launches
+    assert module == "farspan.launch.worker"
+    assert arguments == [config, "train.steps=1", "--resume", "never", "--parent", str(os.getpid())]
+    assert named == {"processes": 1, "stop_seconds": 7.0, "log_directory": prepared / "run" / "logs"}
+    assert capsys.readouterr().err == ""
+
+
+def test_prepare_again_has_nothing_to_do(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(prepared / "config.yaml")]) == 0
+    assert capsys.readouterr().out.endswith("Nothing to do.\n")
+
+
+def test_prepare_without_its_sources(prepared: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prepare", str(prepared / "config.yaml"), "data.sources=[nowhere]"]
+    check_refused(arguments, "data.sources names 'nowhere'", prepared, launches, capsys)
+
+
+# plan
+
+
+def plan_lines(capsys: pytest.CaptureFixture[str], prepared: Path, *overrides: str) -> dict[str, str]:
+    """What `farspan plan` prints, by the first word of each line."""
+    assert main(["plan", str(prepared / "config.yaml"), *overrides]) == 0
+    written = capsys.readouterr()
+    assert written.err == ""
+    return {line.split()[0]: line for line in written.out.splitlines()}
+
+
+def test_plan_of_one_rank_sends_nothing(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = plan_lines(capsys, prepared)
+    assert "1 processes = data 1 x context 1 x tensor 1" in lines["mesh"]
+    assert "64 tokens" in lines["sequence"]
+    assert f"{64 * 65 // 2:,} visible pairs" in lines["attention"]
+    for direction in ("forward", "backward"):
+        assert "0.000 MB from the busiest rank, 0.000 MB in all" in lines[direction]
+    assert "verified" in lines
+
+
+def test_plan_of_four_ranks_by_the_closed_form(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    length, context, kv_heads, head_dim, item = 4096, 4, 2, 8, 4
+    lines = plan_lines(
+        capsys,
+        prepared,
+        "launch.processes=8",
+        "parallel.context=4",
+        "parallel.plan=all_gather",
+        f"train.sequence_length={length}",
+        f"train.tokens_per_step={2 * length}",
+    )
+    assert "8 processes = data 2 x context 4 x tensor 1" in lines["mesh"]
+    assert "in zigzag order, 1,024 slots a rank (0 padding)" in lines["sequence"]
+    assert f"{length * (length + 1) // 2:,} visible pairs" in lines["attention"]
+    # Every rank sends its keys and values to the three others; zigzag needs all of them everywhere but the last chunk.
+    most = length // context * kv_heads * head_dim * 2 * item * (context - 1) / 1e6
+    assert f"{most:,.3f} MB from the busiest rank, {context * most:,.3f} MB in all" in lines["forward"]
+    # Backward they go again, and as many gradients come back.
+    assert f"{2 * most:,.3f} MB from the busiest rank, {2 * context * most:,.3f} MB in all" in lines["backward"]
+    assert "verified" in lines
+
+
+@pytest.mark.parametrize("order", ["zigzag", "striped"])
+def test_plan_of_a_million_tokens_on_sixty_four_ranks(
+    prepared: Path, capsys: pytest.CaptureFixture[str], order: str
+) -> None:
+    """Seconds and megabytes: nothing here may be as large as the attention matrix."""
+    lines = plan_lines(
+        capsys,
+        prepared,
+        "launch.processes=64",
+        "parallel.context=64",
+        f"parallel.order={order}",
+        "train.sequence_length=1000000",
+        "train.tokens_per_step=1000000",
+    )
+    assert "1,000,000 tokens" in lines["sequence"]
+    assert "500,000,500,000 visible pairs" in lines["attention"]
+    assert "verified" in lines
+
+
+def test_plan_refuses_an_impossible_mesh(
+    prepared: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(prepared / "config.yaml"), "launch.processes=6", "parallel.context=4"]
+    check_refused(arguments, "6 processes cannot be divided into parallel.context 4", prepared, launches, capsys)
+
+
+# checkpoint
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_a_run_without_checkpoints(action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one whose folder of checkpoints is there and holds none."""
+    for _ in range(2):
+        assert main(["checkpoint", action, str(tmp_path)]) == 0
+        assert capsys.readouterr().out == f"there are no checkpoints in {tmp_path / 'checkpoints'}\n"
+        (tmp_path / "checkpoints" / "step_00000003.tmp").mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_a_run_that_is_not_there(
+    action: str, tmp_path: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nowhere"
+    check_refused(["checkpoint", action, str(path)], f"there is no run directory {path}", tmp_path, launches, capsys)
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "checkpoints" / "step_00000007"
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("{}")
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{broken}: ")
+    assert "good" not in shown
+    assert main(["checkpoint", "verify", str(broken)]) == 1
+    assert capsys.readouterr().out == shown
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert "unreadable" in capsys.readouterr().out

@@ -1,0 +1,258 @@
+"""The configuration: every mistake is one line with its key, and what is dumped is what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from farspan.trainer.config import ConfigError, RunConfig, dump_config, load_config
+
+REPOSITORY = Path(__file__).parents[2]
+MINIMAL = """
+run: {dir: runs/test}
+model: {preset: tiny, vocabulary_size: 400}
+data: {sources: [python-stdlib], directory: prepared/test}
+train: {steps: 10, tokens_per_step: 512, sequence_length: 128}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_is_not_given_has_its_default(path: Path) -> None:
+    config = load_config(path)
+    assert config.run.dir == Path("runs/test")
+    assert (config.run.seed, config.launch.processes, config.data.tokenizer) == (0, None, None)
+    assert (config.parallel.context, config.parallel.plan, config.parallel.order) == (1, "ring", "zigzag")
+    assert (config.parallel.zero_stage, config.train.dtype, config.train.rows_per_step) == (1, "bf16", 4)
+    assert config.deepspeed == {}
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_configurations_that_we_ship_are_right(file: Path) -> None:
+    assert load_config(file).train.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.stepz=3", "there is no key train.stepz, did you mean 'steps'? (keys there: steps, tokens_per_step, "),
+        ("trian.steps=3", "there is no key trian, did you mean 'train'? (keys there: run, launch, model, data, "),
+        ("model.hiden_size=3", "there is no key model.hiden_size, did you mean 'hidden_size'? (keys there: preset, "),
+        ("checkpoint.zzz=3", "there is no key checkpoint.zzz (keys there: every, keep)"),
+        ("parallel.contxt=2", "there is no key parallel.contxt, did you mean 'context'? (keys there: context, "),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(path: Path, override: str, problem: str) -> None:
+    assert refusal(path, override).startswith(f"{path}: {problem}")
+
+
+def test_a_misspelt_key_in_the_file_is_refused_too(path: Path) -> None:
+    path.write_text(MINIMAL.replace("directory", "direktory"))
+    message = refusal(path)
+    assert "there is no key data.direktory, did you mean 'directory'?" in message
+    assert "data.directory is required" in message
+
+
+def test_all_problems_come_in_one_line(path: Path) -> None:
+    message = refusal(path, "train.stepz=3", "parallel.context=0", "run.seed=x", "modle.layers=2")
+    assert message.startswith(f"{path}: ")
+    problems = message.removeprefix(f"{path}: ").split("; ")
+    assert len(problems) == 4
+    assert any(problem.startswith("there is no key train.stepz, did you mean 'steps'?") for problem in problems)
+    assert any(problem.startswith("there is no key modle, did you mean 'model'?") for problem in problems)
+    assert "parallel.context is 0: input should be greater than 0" in problems
+    assert any(problem.startswith("run.seed is 'x': input should be a valid integer") for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.tokens_per_step=500"], "train.tokens_per_step 500 must be a multiple of train.sequence_length 128; "),
+        (["train.tokens_per_step=500"], "the nearest is 512"),
+        (["train.tokens_per_step=3"], "the nearest is 128"),
+        (["train.dtype=fp16"], "train.dtype is 'fp16': input should be 'fp32' or 'bf16'"),
+        (["parallel.plan=rng"], "parallel.plan is 'rng', did you mean 'ring'?"),
+        (["parallel.plan=rng"], "possible are single, ring, all_gather"),
+        (["parallel.order=zigzak"], "parallel.order is 'zigzak', did you mean 'zigzag'?"),
+        (["parallel.order=zigzak"], "possible are contiguous, zigzag, striped"),
+        (["attention.backend=cuda"], "attention.backend is 'cuda'; possible are auto, reference"),
+        (["parallel.plan=single", "parallel.context=2"], "parallel.plan single keeps a sequence on one rank"),
+        (["parallel.zero_stage=0"], "train.dtype bf16 needs parallel.zero_stage 1 or more"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage is 4: input should be less than or equal to 3"),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel divides tokens over tensor ranks"),
+        (["parallel.tensor=4"], "model.heads 6 is not a multiple of parallel.tensor 4"),
+        (["model.preset=tinny"], "there is no model.preset 'tinny'; did you mean 'tiny'?"),
+        (["model.kv_heads=4"], "model.heads 6 must be a multiple of model.kv_heads 4"),
+        (["data.sources=[]"], "data.sources is []: list should have at least 1 item"),
+        (["data.heldout_fraction=1"], "data.heldout_fraction is 1: input should be less than 1"),
+        (["optimizer.learning_rate=0"], "optimizer.learning_rate is 0: input should be greater than 0"),
+        (["optimizer.learning_rate=.nan"], "optimizer.learning_rate is nan: "),
+        (["train=3"], "train is 3: input should be a valid dictionary"),
+        (["train.steps="], "train.steps is None: input should be a valid integer"),
+        (["deepspeed=3"], "deepspeed is 3: input should be a valid dictionary"),
+    ],
+)
+def test_impossible_values_are_refused_by_key(path: Path, overrides: list[str], words: str) -> None:
+    message = refusal(path, *overrides)
+    assert message.startswith(f"{path}: ")
+    assert words in message
+
+
+@pytest.mark.parametrize("override", ["deepspeed=3", "deepspeed=[1]", "deepspeed=null"])
+def test_a_refusal_speaks_of_keys_not_of_validators(path: Path, override: str) -> None:
+    message = refusal(path, override)
+    assert "[" not in message.replace("[1]", "")
+    assert "class" not in message
+
+
+def test_overrides_are_yaml_and_take_precedence(path: Path) -> None:
+    config = load_config(
+        path,
+        [
+            "train.steps=7",
+            "optimizer.learning_rate=3e-4",  # YAML 1.1 reads this as text
+            "optimizer.betas=[0.8, 0.9]",
+            "data.sources=[a b, c]",
+            "run.dir=elsewhere=here",
+            "model.qkv_bias=true",
+            "data.tokenizer=null",
+            "train.sequence_length=1_6",
+            "train.steps=8",
+        ],
+    )
+    assert (config.train.steps, config.optimizer.learning_rate) == (8, 3e-4)
+    assert (config.optimizer.betas, config.data.sources) == ((0.8, 0.9), ["a b", "c"])
+    assert config.run.dir == Path("elsewhere=here")
+    assert config.model.qkv_bias is True
+    assert config.data.tokenizer is None
+    assert config.train.sequence_length == 16
+
+
+def test_overrides_reach_below_sections_that_the_file_lacks(path: Path) -> None:
+    config = load_config(path, ["deepspeed.zero_optimization.offload_optimizer.device=cpu", "eval.rows=3"])
+    assert config.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert config.eval.rows == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "'train.steps' is not an override; write it as section.key=value"),
+        ("=3", "'=3' is not an override; write it as section.key=value"),
+        ("train.steps=[1", "the value of 'train.steps=[1' is not valid YAML"),
+        ("data.sources.first=x", "data.sources.first cannot be set: sources is not a section"),
+        ("train.steps.more=x", "train.steps.more cannot be set: steps is not a section"),
+    ],
+)
+def test_what_is_no_override_is_refused(path: Path, override: str, message: str) -> None:
+    assert refusal(path, override) == message
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    assert refusal(path) == f"the configuration {path} cannot be read: No such file or directory"
+    assert "cannot be read: Is a directory" in refusal(tmp_path)
+    path.write_text("run: {dir: a\n")
+    assert refusal(path).startswith(f"{path} is not valid YAML: while parsing a flow mapping")
+    for text, kind in (("", "NoneType"), ("- a", "list"), ("hello", "str")):
+        path.write_text(text)
+        assert refusal(path) == f"{path} must hold sections such as 'run:' and 'train:', not {kind}"
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    assert str(path) in refusal(path)
+
+
+def test_the_resolved_configuration_reads_back_as_the_same(path: Path, tmp_path: Path) -> None:
+    elsewhere = [
+        "run.dir=/runs/one two",
+        "run.seed=18446744073709551615",
+        "launch.processes=4",
+        "launch.stop_seconds=0.5",
+        "model.preset=qwen2.5-0.5b",
+        "model.vocabulary_size=152000",
+        "model.tied_embeddings=false",
+        "data.tokenizer=other/tokenizer.model",
+        "train.dtype=fp32",
+        "parallel.zero_stage=0",
+        "parallel.context=2",
+        "optimizer.learning_rate=1.2345678901234567e-5",
+        "optimizer.betas=[0.85, 0.99]",
+        "optimizer.epsilon=1e-15",
+        "optimizer.schedule=wsd",
+        "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}, wall_clock_breakdown: false}",
+    ]
+    for number, overrides in enumerate(([], elsewhere, ["deepspeed=extra.json"], ["model.vocabulary_size=null"])):
+        config = load_config(path, overrides)
+        resolved = tmp_path / f"resolved{number}.yaml"
+        resolved.write_text(dump_config(config))
+        assert load_config(resolved) == config
+        assert yaml.safe_load(resolved.read_text())["model"]["heads"] == config.model.heads
+    assert load_config(path, elsewhere).deepspeed == {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+        "wall_clock_breakdown": False,
+    }
+
+
+def fields(section: type[BaseModel], name: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key with its field, sections taken apart."""
+    for key, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{name}{key}.")
+        else:
+            yield f"{name}{key}", field
+
+
+def test_every_key_is_documented() -> None:
+    known = dict(fields(RunConfig))
+    # The sentence that the class docstring of a section would be must not stand in for that of a field.
+    assert {name for name, field in known.items() if not (field.description or "").endswith(".")} - {"run.dir"} == set()
+    assert known["run.dir"].description
+    assert known.keys() >= {
+        "run.dir",
+        "run.seed",
+        "launch.processes",
+        "train.steps",
+        "train.tokens_per_step",
+        "train.sequence_length",
+        "train.dtype",
+        "parallel.context",
+        "parallel.tensor",
+        "parallel.plan",
+        "parallel.order",
+        "parallel.zero_stage",
+        "model.preset",
+        "attention.backend",
+        "optimizer.learning_rate",
+        "data.sources",
+        "data.tokenizer",
+        "eval.every",
+        "checkpoint.every",
+        "checkpoint.keep",
+    }
+
+
+def test_a_configuration_cannot_be_changed(path: Path) -> None:
+    config = load_config(path)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
