@@ -9,7 +9,8 @@ from pathlib import Path
 from farspan.data.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
-_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
+# Its own tests are left out: not every distribution ships them, and they are tables of bytes as much as text.
+_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ def find_documents(sources: Sequence[str], suffixes: Sequence[str] = (".txt", ".
     """The text files of all sources, source by source, sorted by name within each, no file twice.
 
     A source is a file (of any suffix), a folder (searched to its depths for `suffixes`, through links), or the
-    word `python-stdlib`: the `.py` sources of the running Python's standard library that are valid UTF-8.
+    word `python-stdlib`: the `.py` sources of the running Python's standard library, without its tests,
+    that are valid UTF-8.
     (`./python-stdlib` names a folder of that name.)
 
     Raises DataError when a source does not exist, cannot be listed, or holds no file with one of the suffixes.

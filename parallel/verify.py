@@ -10,7 +10,7 @@ import numpy as np
 
 from farspan.kernels import IntervalMask
 from farspan.parallel.orders import Order
-from farspan.parallel.plan import Block, Move, Plan, Schedule, parts
+from farspan.parallel.plan import Block, Move, Piece, Plan, Schedule, parts
 
 
 class PlanError(ValueError):
@@ -44,7 +44,7 @@ def verify(plan: Plan, order: Order, mask: IntervalMask, *, head_dim: int = 1, b
 
     Checked in both directions: blocks partition each rank's slots x heads; every visible pair is in exactly one piece
     for every head; heads meet their kv heads; operands are where a piece or a move uses them (derived from the moves
-    and, backward, from `kept`); every contribution comes home to its owner exactly once. Cost: rows + pairs of blocks.
+    and, backward, from `kept`); every result comes home to its owner. Cost: rows + pairs of blocks.
     """
     _check_partition(plan, order)
     areas = _areas(plan, order, mask)
@@ -58,15 +58,16 @@ def verify(plan: Plan, order: Order, mask: IntervalMask, *, head_dim: int = 1, b
             for kv in piece.kv:
                 by_rank_stage[piece.rank, piece.stage] += areas.get((q, kv), 0) * heads
     query_heads = plan.heads[0]
-    by_rank = [sum(n for (rank, _), n in by_rank_stage.items() if rank == r) // query_heads for r in range(plan.world)]
-    stages = {stage for _, stage in by_rank_stage}
-    busiest = sum(max(by_rank_stage[rank, stage] for rank in range(plan.world)) for stage in stages)
-    total = sum(by_rank_stage.values())
+    by_rank, busiest_of_stage = [0] * plan.world, Counter[int]()
+    for (rank, stage), pairs in by_rank_stage.items():
+        by_rank[rank] += pairs
+        busiest_of_stage[stage] = max(busiest_of_stage[stage], pairs)
+    total = sum(by_rank)
     return Report(
         pairs=total // query_heads,
-        pairs_by_rank=by_rank,
-        imbalance=max(by_rank) * plan.world / max(1, sum(by_rank)),
-        stage_imbalance=busiest * plan.world / max(1, total),
+        pairs_by_rank=[pairs // query_heads for pairs in by_rank],
+        imbalance=max(by_rank) * plan.world / max(1, total),
+        stage_imbalance=busiest_of_stage.total() * plan.world / max(1, total),
         elements_sent={d: _elements_sent(plan, d, head_dim, batch) for d in ("forward", "backward")},
         peak_slots={d: _peak(plan, d) for d in ("forward", "backward")},
         head_dim=head_dim,
@@ -100,41 +101,54 @@ def _check_partition(plan: Plan, order: Order) -> None:
 def _areas(plan: Plan, order: Order, mask: IntervalMask) -> dict[tuple[int, int], int]:
     """Visible pairs of every (q block, kv block) that has any, whatever pieces the plan holds.
 
-    For one block of rows, how many of them see each position is a running sum of +1 at begins and -1 at ends; summed
-    over the positions of a block of keys that is the number of pairs. Written apart from the builders' own geometry.
+    For one block of rows, the pairs with keys below x are a sum over rows of x - begin where begin < x, less the same
+    for ends. Its differences between the bounds of runs of keys are the areas. Written apart from the builders' own
+    geometry.
     """
     # Blocks with the same owner and slots differ in heads only, and share their areas.
     spans: dict[tuple[str, int, tuple[int, int]], list[int]] = defaultdict(list)
     for index, block in enumerate(plan.blocks):
         spans[block.side, block.owner, block.slots].append(index)
-    keys = [
-        (indices, plan.blocks[indices[0]].positions(order)) for (side, *_), indices in spans.items() if side == "kv"
-    ]
-    of_position = np.full(order.length, -1, np.int64)
-    for number, (_, positions) in enumerate(keys):
-        real = positions[positions < order.length]
-        if (of_position[real] != -1).any():
-            raise PlanError("two blocks of keys hold the same token")
-        of_position[real] = number
-    if (of_position == -1).any():
-        raise PlanError(f"token {int((of_position == -1).argmax())} is in no block of keys")
-    bounds = [bound.cpu().numpy() for bound in mask.bounds]
+    groups = [indices for (side, *_), indices in spans.items() if side == "kv"]
+    edges, of_run = _key_runs([plan.blocks[indices[0]].positions(order) for indices in groups], order.length)
+    bounds = [bound.cpu().numpy().astype(np.int64) for bound in mask.bounds]
     areas: dict[tuple[int, int], int] = {}
     for (side, *_), indices in spans.items():
         if side != "q":
             continue
         positions = plan.blocks[indices[0]].positions(order)
         rows = positions[positions < order.length]
-        change = np.zeros(order.length + 1, np.int64)
-        for low, high in (bounds[:2], bounds[2:]):
-            np.add.at(change, low[:, rows].ravel(), 1)
-            np.add.at(change, high[:, rows].ravel(), -1)
-        counts = np.bincount(of_position, weights=change.cumsum()[:-1], minlength=len(keys))
-        for number in np.flatnonzero(counts).tolist():
-            for q in indices:
-                for kv in keys[number][0]:
-                    areas[q, kv] = int(counts[number])
+        begin, end, anchor_begin, anchor_end = (bound[:, rows].ravel() for bound in bounds)
+        below = _sum_below(np.concatenate([begin, anchor_begin]), edges)
+        below -= _sum_below(np.concatenate([end, anchor_end]), edges)
+        counts = np.zeros(len(groups), np.int64)
+        np.add.at(counts, of_run, np.diff(below))
+        for group in np.flatnonzero(counts).tolist():
+            area = int(counts[group])
+            areas.update({(q, kv): area for q in indices for kv in groups[group]})
     return areas
+
+
+def _key_runs(blocks: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts [0, length) where the holder of the keys changes: edges `[runs + 1]` and the holding block of each run."""
+    holder = np.full(length, -1, np.int64)
+    for number, positions in enumerate(blocks):
+        real = positions[positions < length]
+        if (holder[real] != -1).any():
+            raise PlanError("two blocks of keys hold the same token")
+        holder[real] = number
+    if (holder == -1).any():
+        raise PlanError(f"token {int((holder == -1).argmax())} is in no block of keys")
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(holder)) + 1])
+    return np.concatenate([starts, [length]]), holder[starts]
+
+
+def _sum_below(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """For each edge x, the sum of x - value over the values below x."""
+    values = np.sort(values)
+    total = np.concatenate([[0], values.cumsum()])
+    count = np.searchsorted(values, edges)
+    return edges * count - total[count]
 
 
 def _check_coverage(plan: Plan, direction: str, areas: dict[tuple[int, int], int]) -> None:
@@ -160,7 +174,11 @@ def _check_coverage(plan: Plan, direction: str, areas: dict[tuple[int, int], int
 
 
 def _check_flow(plan: Plan, direction: str) -> None:
-    """Operands are where they are used, and every contribution comes home exactly once."""
+    """Operands are where they are used, and every result comes home.
+
+    Results are added where they meet and forgotten where they leave, so none is ever doubled; what is to be shown is
+    that none is left behind.
+    """
     schedule = _schedule(plan, direction)
     for move in schedule.moves:
         if move.src == move.dst or not (0 <= move.src < plan.world and 0 <= move.dst < plan.world):
@@ -170,46 +188,26 @@ def _check_flow(plan: Plan, direction: str) -> None:
     here = {(block.owner, index) for index, block in enumerate(plan.blocks)}
     if direction == "backward":
         here |= _arrived_in_forward(plan)
-    held: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
+    results: set[tuple[int, int]] = set()
     starting, stopping, computing = _by_stage(schedule)
-    flying: dict[Move, Counter[int]] = {}
     for stage in range(schedule.stages):
         for move in stopping[stage]:
-            if move.home:
-                held[move.dst, move.block] += flying.pop(move)
-            else:
-                here.add((move.dst, move.block))
+            (results if move.home else here).add((move.dst, move.block))
         for move in starting[stage]:
-            if move.home:
-                carried = held.pop((move.src, move.block), None)
-                if not carried:
-                    raise PlanError(f"{direction}: there is no result to send in {move}")
-                flying[move] = carried
-            elif (move.src, move.block) not in here:
+            if move.home and (move.src, move.block) not in results:
+                raise PlanError(f"{direction}: there is no result to send in {move}")
+            if not move.home and (move.src, move.block) not in here:
                 raise PlanError(f"{direction}: rank {move.src} does not hold what it sends in {move}")
-        for number in computing[stage]:
-            piece = schedule.pieces[number]
+            if move.home:
+                results.remove((move.src, move.block))
+        for piece in computing[stage]:
             for block in piece.q + piece.kv:
                 if (piece.rank, block) not in here:
                     raise PlanError(f"{direction}: {piece} lacks block {block}, {plan.blocks[block]}")
-            for block in piece.q + (piece.kv if direction == "backward" else ()):
-                held[piece.rank, block][number] += 1
-    _check_all_home(plan, direction, held)
-
-
-def _check_all_home(plan: Plan, direction: str, held: dict[tuple[int, int], Counter[int]]) -> None:
-    schedule = _schedule(plan, direction)
-    arrived: dict[int, Counter[int]] = defaultdict(Counter)
-    for (rank, block), pieces in held.items():
-        if pieces and rank != plan.blocks[block].owner:
-            raise PlanError(f"{direction}: a result of block {block}, {plan.blocks[block]}, is left on rank {rank}")
-        arrived[block] += pieces
-    for number, piece in enumerate(schedule.pieces):
-        for block in piece.q + (piece.kv if direction == "backward" else ()):
-            if arrived[block][number] != 1:
-                raise PlanError(
-                    f"{direction}: the result of {piece} for block {block} comes home {arrived[block][number]} times"
-                )
+            results.update((piece.rank, block) for block in piece.q + (piece.kv if direction == "backward" else ()))
+    for rank, index in results:
+        if rank != plan.blocks[index].owner:
+            raise PlanError(f"{direction}: a result of block {index}, {plan.blocks[index]}, is left on rank {rank}")
 
 
 def _arrived_in_forward(plan: Plan) -> set[tuple[int, int]]:
@@ -222,15 +220,15 @@ def _arrived_in_forward(plan: Plan) -> set[tuple[int, int]]:
     return set(plan.kept)
 
 
-def _by_stage(schedule: Schedule) -> tuple[dict[int, list[Move]], dict[int, list[Move]], dict[int, list[int]]]:
+def _by_stage(schedule: Schedule) -> tuple[dict[int, list[Move]], dict[int, list[Move]], dict[int, list[Piece]]]:
     starting: dict[int, list[Move]] = defaultdict(list)
     stopping: dict[int, list[Move]] = defaultdict(list)
-    computing: dict[int, list[int]] = defaultdict(list)
+    computing: dict[int, list[Piece]] = defaultdict(list)
     for move in schedule.moves:
         starting[move.start].append(move)
         stopping[move.stop].append(move)
-    for number, piece in enumerate(schedule.pieces):
-        computing[piece.stage].append(number)
+    for piece in schedule.pieces:
+        computing[piece.stage].append(piece)
     return starting, stopping, computing
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch.distributed as dist
 
 from farspan.data.batch import Batch, StepRows, make_batch
 from farspan.data.corpus import Corpus
@@ -16,6 +17,7 @@ from farspan.models.decoder import DecoderInput
 from farspan.parallel import orders, plans
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.prepare import prepare
+from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.config import RunConfig
 
 
@@ -57,6 +59,21 @@ class Feed:
                 row = replace(row, labels=np.full_like(row.labels, IGNORED), valid=0)
             batches.append(self._batch([row], [index]))
         return batches
+
+    def verify_plan(self) -> str:
+        """Collective: checks the plan of the first batch, and that all context ranks made the same one; its digest.
+
+        PlanError when either is not so: carried out, such a plan would train on wrong attention or hang.
+        """
+        batch = self.training_batches(0)[0]
+        plan = plans.build(self.plan_name, batch.order, batch.mask, self.heads)
+        verify(plan, batch.order, batch.mask)
+        digests: list[str] = [""] * self.mesh.degrees.world
+        place = f"data {self.mesh.data_rank} {plan.digest()}"
+        dist.all_gather_object(digests, place, group=self.mesh.control)
+        if len({digest for digest in digests if digest.split()[1] == str(self.mesh.data_rank)}) != 1:
+            raise PlanError(f"ranks of one context group made different plans from one batch: {', '.join(digests)}")
+        return plan.digest()
 
     def decoder_input(self, batch: Batch) -> DecoderInput:
         """Moves a batch to the device, with the plan that all ranks of the context group derive alike from its mask."""

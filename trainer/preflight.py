@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +42,10 @@ def check(config: RunConfig, processes: int) -> Preflight:
     model = _with_vocabulary(config, prepared)
     _check_rows(config, degrees)
     if torch.cuda.is_available():
-        if processes > torch.cuda.device_count():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # torchrun's count for this machine
+        if here > torch.cuda.device_count():
             raise ConfigError(
-                f"{processes} processes need as many GPUs, but this machine has {torch.cuda.device_count()}; "
+                f"{here} processes on this machine need as many GPUs, but it has {torch.cuda.device_count()}; "
                 "change launch.processes"
             )
     elif config.parallel.sequence_parallel:

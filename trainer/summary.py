@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from farspan.trainer.checkpoint.store import CheckpointStore
 from farspan.trainer.config import RunConfig
@@ -42,4 +45,12 @@ def summarize(config: RunConfig, stopped_by: str | None, store: CheckpointStore,
         report(f"  held-out loss   {evaluations[-1]['eval_loss']:.4f} (step {evaluations[-1]['step']})")
     report(f"  tokens seen     {last['tokens']:,}")
     report(f"  checkpoint      {newest.path}")
-    report(f"  curves          tensorboard --logdir {directory / 'tensorboard'}")
+    report(f"  curves          {_command('tensorboard')} --logdir {directory / 'tensorboard'}")
+
+
+def _command(name: str) -> str:
+    """How the user starts a command of this environment, also one that is not activated."""
+    beside = Path(sys.executable).with_name(name)
+    if shutil.which(name) or not beside.exists():
+        return name
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)

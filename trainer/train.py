@@ -81,6 +81,7 @@ def train_on(
         state.resume(trainer, found)
         report(f"resumed from {found.path} at step {found.step}")
     describe_start(config, preflight, feed, report)
+    report(f"plan of the first batch verified: digest {feed.verify_plan()}")
     trainer.train(stop)
     if recording is not None:
         recording.close()

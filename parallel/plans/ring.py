@@ -22,8 +22,10 @@ def ring(order: Order, mask: IntervalMask, heads: tuple[int, int], name: str = "
     keys = [_add(blocks, "kv", order, rank, heads[1]) for rank in range(world)]
     q = [index for rank in rows for index in rank]
     kv = [index for rank in keys for index in rank]
-    needed = need(order, mask, [blocks[index] for index in q], [blocks[index] for index in kv])
-    q_at, kv_at = ({index: at for at, index in enumerate(side)} for side in (q, kv))
+    # A set of pairs: looked up a million times for a thousand ranks.
+    needed = {
+        (q[i], kv[j]) for i, j in zip(*need(order, mask, [blocks[b] for b in q], [blocks[b] for b in kv]).nonzero())
+    }
 
     forward: list[Move] = []
     home: list[Move] = []
@@ -32,20 +34,20 @@ def ring(order: Order, mask: IntervalMask, heads: tuple[int, int], name: str = "
         used: dict[int, list[int]] = {block: [] for block in keys[owner]}
         for stage in range(world):
             rank = (owner + stage) % world
-            rectangle = needed[[[q_at[b]] for b in rows[rank]], [kv_at[b] for b in keys[owner]]]
-            if not rectangle.any():
+            q_blocks = tuple(i for i in rows[rank] if any((i, j) in needed for j in keys[owner]))
+            kv_blocks = tuple(j for j in keys[owner] if any((i, j) in needed for i in rows[rank]))
+            if not q_blocks:
                 continue
-            q_blocks = tuple(block for block, needs in zip(rows[rank], rectangle) if needs.any())
-            kv_blocks = tuple(block for block, needs in zip(keys[owner], rectangle.T) if needs.any())
             pieces.append(Piece(rank, stage, q_blocks, kv_blocks))
             for block in kv_blocks:
                 used[block].append(stage)
         for block, stages in used.items():
             last = max(stages, default=0)
+            first = min((stage for stage in stages if stage > 0), default=world)
             for stage in range(1, last + 1):
                 rank, before = (owner + stage) % world, (owner + stage - 1) % world
                 forward.append(Move(block, before, rank, stage - 1, stage))
-                if any(0 < s <= stage for s in stages):
+                if stage >= first:
                     after = (rank + 1) % world if stage < last else owner
                     home.append(Move(block, rank, after, stage + 1, stage + 2, home=True))
     return Plan(

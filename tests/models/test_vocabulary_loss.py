@@ -54,7 +54,7 @@ def losses_and_gradients(chunk_tokens: int, poison: float | None) -> tuple[Tenso
 
 
 def run_chunks(rank: int, world: int, chunk_tokens: int, poison: float | None) -> tuple[Tensor, ...]:
-    return on_one_rank(losses_and_gradients, chunk_tokens, poison)  # type: ignore[no-any-return]
+    return on_one_rank(losses_and_gradients, chunk_tokens, poison)
 
 
 def expected() -> tuple[Tensor, ...]:
@@ -128,7 +128,7 @@ def memory(tokens: int, hidden_size: int, vocabulary: int, chunk_tokens: int) ->
 
 
 def run_memory(rank: int, world: int, *sizes: int) -> list[int]:
-    return on_one_rank(memory, *sizes)  # type: ignore[no-any-return]
+    return on_one_rank(memory, *sizes)
 
 
 def test_the_full_logits_never_exist(pool: Pool) -> None:

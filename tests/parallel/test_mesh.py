@@ -35,7 +35,7 @@ def test_an_impossible_division_names_the_nearest_possible_ones() -> None:
 
 
 def test_with_too_few_processes_only_more_are_offered() -> None:
-    with pytest.raises(MeshError, match="or these degrees with 4 processes$"):
+    with pytest.raises(MeshError, match=r"or these degrees with 4 processes$"):
         Degrees.divide(2, context=4, tensor=1)
 
 
@@ -110,14 +110,15 @@ def attention_in_groups(rank: int, world: int, context: int, tensor: int) -> tup
             mask = masks.causal(length, cu_seqlens)
             whole = random_qkv(length, heads, 4, seed=tensor * mesh.data_rank + mesh.tensor_rank)
             q, k, v, dout = (order.shard(x, mesh.context_rank) for x in whole)
-            local = [x.requires_grad_() for x in (q, k, v)]
+            for operand in (q, k, v):
+                operand.requires_grad_()
             prepared = prepare(plans.build(plan_name, order, mask, heads), order, mask, mesh.context_rank)
-            out, _ = attention(*local, prepared, mesh.context)
+            out, _ = attention(q, k, v, prepared, mesh.context)
             out.backward(dout)
             document = torch.bucketize(torch.arange(length), torch.tensor(cu_seqlens[1:]), right=True)
             allowed = (document[:, None] == document[None]) & torch.ones(length, length).tril().bool()
             expected = dense_attention(*whole[:3], allowed[None], whole[3])
-            for got, wanted in zip((out.detach(), *(x.grad for x in local)), (expected[0], *expected[2:])):
+            for got, wanted in zip((out.detach(), q.grad, k.grad, v.grad), (expected[0], *expected[2:])):
                 assert got is not None
                 worst = max(worst, difference(got, order.shard(wanted, mesh.context_rank)))
         return worst, dist.get_process_group_ranks(mesh.context)

@@ -15,7 +15,7 @@ from farspan.trainer.config import ConfigError, RunConfig, dump_config, load_con
 REPOSITORY = Path(__file__).parents[2]
 MINIMAL = """
 run: {dir: runs/test}
-model: {preset: tiny, vocabulary_size: 400}
+model: {preset: tiny, vocabulary_size: 400, heads: 6, kv_heads: 2}
 data: {sources: [python-stdlib], directory: prepared/test}
 train: {steps: 10, tokens_per_step: 512, sequence_length: 128}
 """
@@ -255,4 +255,4 @@ def test_every_key_is_documented() -> None:
 def test_a_configuration_cannot_be_changed(path: Path) -> None:
     config = load_config(path)
     with pytest.raises(ValueError, match="frozen"):
-        config.train.steps = 3  # type: ignore[misc]
+        config.train.steps = 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,16 @@ from farspan.trainer.config import RunConfig
 from farspan.trainer.feed import Feed
 
 LENGTH = 32
-MODEL = ModelConfig(
-    vocabulary_size=5000, hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, feed_forward_size=48
+MODEL = ModelConfig.model_validate(
+    {
+        "vocabulary_size": 5000,
+        "hidden_size": 32,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "feed_forward_size": 48,
+    }
 )
 # Rows of the held-out text that are whole.
 HELDOUT_ROWS = 5

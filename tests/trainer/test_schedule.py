@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_cosine_by_numbers() -> None:
     assert rate[35] == pytest.approx(PEAK * (0.1 + 0.9 * (2 + math.sqrt(2)) / 4), rel=1e-12)
     assert rate[60] == pytest.approx(PEAK * 0.55, rel=1e-12)
     assert rate[110] == pytest.approx(PEAK * 0.1, rel=1e-12)
-    assert all(later < earlier for earlier, later in zip(rate[10:], rate[11:]))
+    assert all(later < earlier for earlier, later in pairwise(rate[10:]))
 
 
 def test_constant_stays() -> None:
@@ -55,6 +56,11 @@ def test_wsd_by_numbers() -> None:
     assert rate[81] == pytest.approx(PEAK * (1 - 0.9 / 20), rel=1e-12)
     assert rate[90] == pytest.approx(PEAK * 0.55, rel=1e-12)
     assert rate[100] == pytest.approx(PEAK * 0.1, rel=1e-12)
+
+
+def test_a_share_of_less_than_a_step_decays_in_the_last_one() -> None:
+    rate = rates(3, schedule="wsd", decay_fraction=0.1, final_fraction=0.1)
+    assert rate[1:] == [PEAK, PEAK, pytest.approx(PEAK / 10)]
 
 
 @pytest.mark.parametrize(("final", "last"), [(0.0, 0.0), (1.0, PEAK)])
