@@ -112,10 +112,11 @@ def memory(tokens: int, hidden_size: int, vocabulary: int, chunk_tokens: int) ->
     hidden = torch.randn(tokens, hidden_size, requires_grad=True)
     weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
     labels = torch.randint(0, vocabulary, (tokens,))
-    saved: list[int] = []
+    saved: dict[int, int] = {}  # elements by address: inputs are saved by every chunk, and are one tensor
 
     def count(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes() // tensor.itemsize
         return tensor
 
     with Largest() as forward, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -124,7 +125,7 @@ def memory(tokens: int, hidden_size: int, vocabulary: int, chunk_tokens: int) ->
         loss.backward()
     assert forward.operators > tokens // chunk_tokens
     assert backward.operators > tokens // chunk_tokens
-    return [forward.elements, backward.elements, sum(saved)]
+    return [forward.elements, backward.elements, sum(saved.values())]
 
 
 def run_memory(rank: int, world: int, *sizes: int) -> list[int]:
