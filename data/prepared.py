@@ -76,7 +76,7 @@ def read_description(directory: Path) -> dict[str, Any]:
     """The content of `dataset.json`, which is written last: without it there is no preparation."""
     path = directory / DESCRIPTION
     if not path.is_file():
-        raise DataError(f"There is no prepared data in {directory} (no {DESCRIPTION}): run `farspan prepare CONFIG`.")
+        raise DataError(f"There is no prepared data in {directory} (data.directory): run `farspan prepare CONFIG`.")
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -76,7 +76,7 @@ def _documents_of(source: str, suffixes: tuple[str, ...]) -> list[Document]:
 
 def _standard_library() -> list[Document]:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    # Some of Python's own tests are deliberately not UTF-8.
+    # A few sources are deliberately not UTF-8.
     documents = [found for found in _folder(folder, (".py",), leave_out=_NOT_STDLIB) if _is_utf8(found.path)]
     if not documents:
         raise DataError(

@@ -45,7 +45,9 @@ class VocabularyLoss(nn.Module):
 
 
 def _chunk_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = nn.functional.linear(hidden, weight)
+    # Chosen, not multiplied by a mask: what a token without a label holds may be inf or NaN. On the way in, too, since
+    # the gradient of its loss would be 0 x NaN.
+    ignored = labels == IGNORED
+    logits = nn.functional.linear(torch.where(ignored[:, None], hidden.new_zeros(()), hidden), weight)
     losses = vocab_parallel_cross_entropy(logits.float(), labels.clamp(min=0))
-    # Chosen, not multiplied by a mask: a masked token's loss may be inf or NaN.
-    return torch.where(labels == IGNORED, losses.new_zeros(()), losses)
+    return torch.where(ignored, losses.new_zeros(()), losses)

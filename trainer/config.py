@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,9 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class RunSection(_Section):
@@ -117,7 +119,7 @@ class OptimizerSection(_Section):
     """Learning rate of the last step over the highest, for cosine and wsd."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """Share of the steps in which wsd decays."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's averaging of gradients and of their squares."""
     epsilon: float = Field(1e-8, gt=0)
     """Added to AdamW's denominator."""
@@ -194,6 +196,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -231,9 +235,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _one_line(path: Path, error: ValidationError) -> str:
     """All problems in one line, each with its key; unknown keys with the nearest known one."""
-    problems = []
+    problems: list[str] = []
     for detail in error.errors():
-        key = ".".join(str(part) for part in detail["loc"] if part not in ("function-after[_check", "dict[str,any]"))
+        # Neither a dict nor a path: pydantic tells both, and puts its own words for the two behind the key.
+        location = detail["loc"][:1] if detail["loc"][:1] == ("deepspeed",) else detail["loc"]
+        key = ".".join(str(part) for part in location)
+        if any(problem.startswith(f"{key} is ") for problem in problems):
+            continue
         if detail["type"] == "extra_forbidden":
             *section, name = detail["loc"]
             known = list(_section_at(section).model_fields)

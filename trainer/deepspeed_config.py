@@ -19,6 +19,8 @@ _OURS = {
     "scheduler": "optimizer.schedule",
     "fp16": "train.dtype",
     "bf16": "train.dtype",
+    "amp": "train.dtype",
+    "torch_autocast": "train.dtype",
     "data_types": "train.dtype",
     "communication_data_type": "train.dtype",
     "zero_force_ds_cpu_optimizer": "optimizer",
@@ -33,13 +35,16 @@ def engine_config(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
     """The dict for `deepspeed.initialize`. ConfigError when `deepspeed:` sets what another key of ours sets."""
     extra = _extra(config)
     for key, ours in _OURS.items():
+        *sections, last = key.split(".")
         branch: Any = extra
-        for part in key.split("."):
-            branch = branch.get(part) if isinstance(branch, dict) else None
-        if branch is not None:
+        for section in sections:
+            branch = branch.get(section) if isinstance(branch, dict) else None
+        if isinstance(branch, dict) and last in branch:
             raise ConfigError(f"deepspeed.{key} is set by {ours} here; remove it from the deepspeed section")
     train = config.train
     zero = extra.pop("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"deepspeed.zero_optimization is {zero!r}; it must be a section, or absent")
     made: dict[str, Any] = {
         "train_batch_size": train.rows_per_step * degrees.context,
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,
@@ -49,12 +54,11 @@ def engine_config(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
-        "steps_per_print": 2**31,
     }
     if train.dtype == "bf16":
         # Gradients of micro-batches are added up, and summed over ranks, in fp32.
         made |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return extra | made
+    return {"steps_per_print": 2**31} | extra | made
 
 
 def _extra(config: RunConfig) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def _extra(config: RunConfig) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"deepspeed is the path {path}, which cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}, given as deepspeed, is not valid JSON: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}, given as deepspeed, must hold a JSON object")

@@ -37,6 +37,6 @@ class LossLaw:
 
     def mean(self, local_sum: Tensor) -> float:
         """Collective: the loss of the step, from each rank's sum of token losses."""
-        total = local_sum.detach().double()
+        total = local_sum.detach().to(torch.float64, copy=True)
         dist.all_reduce(total, group=self.group)
         return float(total) / self.valid_tokens

@@ -41,6 +41,7 @@ def check(config: RunConfig, processes: int) -> Preflight:
         raise ConfigError(str(error)) from error
     model = _with_vocabulary(config, prepared)
     _check_rows(config, degrees)
+    _check_text(config, prepared)
     if torch.cuda.is_available():
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # torchrun's count for this machine
         if here > torch.cuda.device_count():
@@ -69,6 +70,16 @@ def _with_vocabulary(config: RunConfig, prepared: Prepared) -> ModelConfig:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return model
+
+
+def _check_text(config: RunConfig, prepared: Prepared) -> None:
+    length = config.train.sequence_length
+    for split, tokens in prepared.tokens.items():
+        if tokens < length:
+            raise ConfigError(
+                f"train.sequence_length is {length}, but the {split} split has only {tokens} tokens: lower "
+                "train.sequence_length, or prepare more text in data.sources"
+            )
 
 
 def _check_rows(config: RunConfig, degrees: Degrees) -> None:
