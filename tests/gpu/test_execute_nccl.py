@@ -62,7 +62,7 @@ def _errors(rank: int, folder: str) -> None:
             group = None if order.world == 1 else dist.group.WORLD
             out, _ = attention(*local, prepare(plan, order, case.mask, mine, "cuda"), group)
             out.backward(dout)
-            pairs = zip((out, *(x.grad for x in local)), (expected[0], *expected[2:]))
+            pairs = zip((out.detach(), *(x.grad for x in local)), (expected[0], *expected[2:]))
             errors = torch.tensor(
                 [float((got.double().cpu() - order.shard(wanted, mine)).square().sum()) for got, wanted in pairs]
             )

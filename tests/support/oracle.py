@@ -31,7 +31,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dout: Tens
 
 def difference(x: Tensor, y: Tensor) -> float:
     """Largest absolute difference; two equal infinities differ by 0, anything else that is not finite by inf."""
-    gap = torch.where(x == y, 0.0, (x.double() - y.double()).abs())
+    gap = torch.where(x == y, 0.0, (x.detach().double() - y.detach().double()).abs())
     return float(torch.nan_to_num(gap, nan=math.inf).max()) if gap.numel() else 0.0
 
 

@@ -74,6 +74,7 @@ class Pool:
 
 def _serve(pipe: Connection, path: list[str]) -> None:
     sys.path[:] = path
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the pool is for the CPU, also on a machine with GPUs
     torch.set_num_threads(1)
     modules: dict[str, Any] = {}
     while True:
