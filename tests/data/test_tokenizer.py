@@ -74,9 +74,10 @@ def test_long_texts_have_the_tokens_that_the_model_gives_them_whole(tokenizer: T
 
 def test_whitespace_is_learnt_and_special_pieces_are_not_read_from_text(tmp_path: Path) -> None:
     text = "def f(x):\n\tif x:\n\t\treturn <eod>\n\n    return <unk>\n"
-    train_tokenizer([text * 200], tmp_path / "model", 290, threads=1, seed=0)
+    other = "import os, sys\nfor name in names: print(name, len(name))\n"  # rarer: merged after all of the text
+    train_tokenizer([text * 200, other * 50], tmp_path / "model", 310, threads=1, seed=0)
     tokenizer = Tokenizer(tmp_path / "model")
-    assert tokenizer.vocabulary_size == 290
+    assert tokenizer.vocabulary_size == 310
     assert len(tokenizer.encode("\n\t\t")) == 1
     assert len(tokenizer.encode("    ")) == 1
     assert tokenizer.eod not in tokenizer.encode(text)
@@ -108,7 +109,7 @@ def test_training_is_a_pure_function_of_documents_and_seed(tmp_path: Path, texts
 
 def test_texts_with_marks_of_sentencepiece_are_not_left_out_of_training(tmp_path: Path) -> None:
     text = "wonderful \u2585 \u2581 \x00 weather\n"
-    train_tokenizer([text * 500], tmp_path / "model", 290, threads=1, seed=0)
+    train_tokenizer([text * 500], tmp_path / "model", 297, threads=1, seed=0)
     tokenizer = Tokenizer(tmp_path / "model")
     assert len(tokenizer.encode("wonderful")) == 1
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -123,7 +124,7 @@ def test_a_vocabulary_size_that_does_not_fit_the_text_is_refused(tmp_path: Path,
 
 def test_training_on_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.sources"):
-        train_tokenizer(["", ""], tmp_path / "model", 290, threads=1, seed=0)
+        train_tokenizer(["", ""], tmp_path / "model", 297, threads=1, seed=0)
 
 
 def _other_model(path: Path, **changes: object) -> Path:
