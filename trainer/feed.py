@@ -68,10 +68,9 @@ class Feed:
         batch = self.training_batches(0)[0]
         plan = plans.build(self.plan_name, batch.order, batch.mask, self.heads)
         verify(plan, batch.order, batch.mask)
-        digests: list[str] = [""] * self.mesh.degrees.world
-        place = f"data {self.mesh.data_rank} {plan.digest()}"
-        dist.all_gather_object(digests, place, group=self.mesh.control)
-        if len({digest for digest in digests if digest.split()[1] == str(self.mesh.data_rank)}) != 1:
+        digests: list[str] = [""] * self.mesh.degrees.context
+        dist.all_gather_object(digests, plan.digest(), group=self.mesh.context)
+        if len(set(digests)) != 1:
             raise PlanError(f"ranks of one context group made different plans from one batch: {', '.join(digests)}")
         return plan.digest()
 

@@ -59,7 +59,7 @@ class Trainer:
     @property
     def last_step(self) -> bool:
         """Whether no step follows: the run is complete, or it was asked to stop."""
-        return self.stopping is not None or self.step == self.config.train.steps
+        return self.stopping is not None or self.step >= self.config.train.steps
 
     def train(self, stop: StopRequest) -> None:
         """Runs to the last step, or to the end of the step in which some rank was asked to stop."""
@@ -76,10 +76,9 @@ class Trainer:
         law = self._law(batches)
         self.engine.training(False)
         with torch.no_grad():
-            total = sum(
-                (self.engine.forward(self.feed.decoder_input(batch)).sum() for batch in batches),
-                torch.zeros((), device=self.mesh.device),
-            )
+            total = self._no_loss()
+            for batch in batches:
+                total += self.engine.forward(self.feed.decoder_input(batch)).double().sum()
         self.engine.training(True)
         return law.mean(total)
 
@@ -89,11 +88,11 @@ class Trainer:
         batches = self.feed.training_batches(self.step)
         law = self._law(batches)
         self.step += 1
-        total = torch.zeros((), device=self.mesh.device)
+        total = self._no_loss()
         for number, batch in enumerate(batches, start=1):
             losses = self.engine.forward(self.feed.decoder_input(batch))
             self.engine.backward(law.objective(losses), last=number == len(batches))
-            total += losses.detach().sum()
+            total += losses.detach().double().sum()
         rate = learning_rate(self.config.optimizer, self.step, train.steps)
         loss, norm = law.mean(total), self.engine.step(rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -107,6 +106,10 @@ class Trainer:
         return StepRecord(
             self.step, loss, self.tokens, norm, rate, seconds, law.valid_tokens / seconds, train.sequence_length
         )
+
+    def _no_loss(self) -> torch.Tensor:
+        """fp64: a sum over millions of tokens."""
+        return torch.zeros((), dtype=torch.float64, device=self.mesh.device)
 
     def _law(self, batches: Sequence[Batch]) -> LossLaw:
         law = LossLaw.of_step(sum(batch.valid for batch in batches), self.mesh.loss, self.mesh.device)
