@@ -12,8 +12,16 @@ from farspan.launch.worker import USER_ERROR
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 for an error of the user's, said in one line; else that of the worker that failed."""
-    options = _parser().parse_args(arguments)
+    """Exit code 0; 2 for an error of the user's, said in one line; 130 after Ctrl-C; else that of the failed worker."""
+    options = _parse(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("farspan: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     from farspan.launch.quiet import quiet_libraries
 
     quiet_libraries()
@@ -26,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.verb(options)
     except (ConfigError, DataError, CheckpointError, RunLockedError) as error:
         print(f"farspan: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"farspan: {error.filename}: {error.strerror} (see run.dir and data.directory)", file=sys.stderr)
         return USER_ERROR
     return code
 
@@ -111,9 +124,11 @@ def checkpoint_verify(options: argparse.Namespace) -> int:
         problems = store.verify(checkpoint)
         damaged |= bool(problems)
         print(f"{checkpoint}: {'; '.join(problems) if problems else 'good'}")
+    for aside in sorted(directory.glob("*.damaged*")):
+        print(f"{aside}: was damaged and set aside")
     if not paths:
         print(f"there are no checkpoints in {directory}")
-    return 1 if damaged else 0
+    return 1 if damaged or not paths else 0
 
 
 def _checkpoints(run_directory: Path) -> Path:
@@ -121,7 +136,18 @@ def _checkpoints(run_directory: Path) -> Path:
 
     if not run_directory.is_dir():
         raise ConfigError(f"there is no run directory {run_directory}")
-    return run_directory / "checkpoints"
+    return run_directory if run_directory.name == "checkpoints" else run_directory / "checkpoints"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere behind the verb, which argparse alone does not allow."""
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    unknown = [word for word in others if word.startswith("-") or "config" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides = others
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,9 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def with_config(name: str, verb: object, summary: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=summary, description=summary)
+        usage = f"farspan {name} CONFIG [key=value ...]"
+        epilog = "key=value overrides a key of the file, such as train.steps=10."
+        added = verbs.add_parser(name, help=summary, description=summary, usage=usage, epilog=epilog)
         added.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-        added.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as train.steps=10")
         added.set_defaults(verb=verb)
         return added
 

@@ -133,7 +133,8 @@ class _WorkerFiles(LogsSpecs):
         """Add each rank's traceback to its log, where it would be if the rank had printed it."""
         for rank in range(processes):
             if (traceback := self.traceback(rank)) is not None:
-                with self.stderr(rank).open("a") as log:
+                # A full disk is a likely cause of the failure; it must not hide it.
+                with suppress(OSError), self.stderr(rank).open("a") as log:
                     log.write(traceback)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:

@@ -35,7 +35,7 @@ class Degrees:
             )
         if world % (context * tensor):
             raise MeshError(
-                f"{world} processes cannot be divided into parallel.context {context} x parallel.tensor {tensor}; "
+                f"{_count(world)} cannot be divided into parallel.context {context} x parallel.tensor {tensor}; "
                 f"possible are {_nearest(world, context, tensor)}"
             )
         return cls(world // (context * tensor), context, tensor)
@@ -51,4 +51,9 @@ def _nearest(world: int, context: int, tensor: int) -> str:
     pairs.sort(key=lambda pair: (abs(pair[1] - tensor) + abs(pair[0] - context), pair[1] != tensor))
     choices = [f"context {c} x tensor {t}" for c, t in pairs[:3]]
     counts = [str(n) for n in (below, below + context * tensor) if n]
-    return f"{', '.join(choices)} with {world} processes, or these degrees with {' or '.join(counts)} processes"
+    others = f"these degrees with {' or '.join(counts)} processes (launch.processes)"
+    return f"{', '.join(choices)} with {_count(world)}, or {others}"
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"

@@ -6,9 +6,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from farspan.trainer.checkpoint.store import CheckpointStore
-from farspan.trainer.config import RunConfig
+from farspan.trainer.config import RunConfig, dump_config
 from farspan.trainer.feed import Feed
 from farspan.trainer.metrics import MetricsFile
 from farspan.trainer.preflight import Preflight
@@ -28,13 +31,35 @@ def describe_start(config: RunConfig, preflight: Preflight, feed: Feed, report: 
     )
 
 
+def describe_changes(previous: Path, config: RunConfig, report: Callable[[str], None]) -> None:
+    """Says which keys differ from those that this run was last started with."""
+    if not previous.exists():
+        return
+    before, now = (_flat(yaml.safe_load(text)) for text in (previous.read_text(), dump_config(config)))
+    changes = [
+        f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before | now) if before.get(key) != now.get(key)
+    ]
+    if changes:
+        report(f"changed since this run was last started: {', '.join(changes)}")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, branch in tree.items()
+        for key, value in _flat(branch, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
 def summarize(config: RunConfig, stopped_by: str | None, store: CheckpointStore, report: Callable[[str], None]) -> None:
     """Ends with where to look."""
     directory = config.run.dir
     rows = MetricsFile(directory / "metrics.jsonl").read()
     newest = store.list()[-1]
     if stopped_by is not None and newest.step < config.train.steps:
-        report(f"stopped by {stopped_by} after step {newest.step} of {config.train.steps}; run again to go on")
+        report(f"stopped as asked after step {newest.step} of {config.train.steps}; run again to go on")
     else:
         report(f"the run is complete: {newest.step} of {config.train.steps} steps")
     first, last = rows[0], rows[-1]

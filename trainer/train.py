@@ -25,7 +25,7 @@ from farspan.trainer.feed import Feed
 from farspan.trainer.preflight import Preflight, check
 from farspan.trainer.run_lock import RunLock
 from farspan.trainer.stop import StopRequest
-from farspan.trainer.summary import describe_start, summarize
+from farspan.trainer.summary import describe_changes, describe_start, summarize
 from farspan.trainer.trainer import Callback, Trainer
 
 
@@ -37,11 +37,12 @@ def run(config: RunConfig, resume: bool = True) -> None:
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     preflight = check(config, world)
+    lock = RunLock(config.run.dir)
+    if rank == 0:
+        lock.acquire()
+    device = _start_process_group()
+    # Handlers only now: a rank that waits for others, one of which was refused the lock, must end on SIGTERM.
     with StopRequest() as stop:
-        lock = RunLock(config.run.dir)
-        if rank == 0:
-            lock.acquire()
-        device = _start_process_group()
         mesh = Mesh.create(preflight.degrees, device)
         try:
             train_on(mesh, config, preflight, stop, resume, _reporter(rank))
@@ -60,6 +61,7 @@ def train_on(
     state = RunState(store, config, str(mesh.degrees), preflight.prepared.fingerprint)
     found = _find_checkpoint(store, state, mesh, resume)
     if leads:
+        describe_changes(directory / "config.yaml", config, report)
         (directory / "config.yaml").write_text(dump_config(config))
     _seed(config.run.seed)
     sharding = Sharding(mesh.degrees.tensor, config.parallel.sequence_parallel, config.run.seed)

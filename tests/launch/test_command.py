@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 import torch
 
 from farspan.launch import elastic
@@ -169,7 +170,7 @@ def test_a_run_that_another_process_holds(
     [
         (False, ["train.stepz=3"], "there is no key train.stepz, did you mean 'steps'?"),
         (False, ["launch.processes=2", "parallel.context=3"], "2 processes cannot be divided into parallel.context 3"),
-        (True, ["train.sequence_length=32", "parallel.context=2"], "1 processes cannot be divided into"),
+        (True, ["train.sequence_length=32", "parallel.context=2"], "1 process cannot be divided into"),
     ],
     ids=["a misspelt key", "an impossible mesh", "a torchrun worker"],
 )
@@ -279,11 +280,11 @@ def test_plan_refuses_an_impossible_mesh(
 # checkpoint
 
 
-@pytest.mark.parametrize("action", ["list", "verify"])
-def test_a_run_without_checkpoints(action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also one whose folder of checkpoints is there and holds none."""
+@pytest.mark.parametrize(("action", "code"), [("list", 0), ("verify", 1)])
+def test_a_run_without_checkpoints(action: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one whose folder of checkpoints is there and holds none. Nothing to verify is no success."""
     for _ in range(2):
-        assert main(["checkpoint", action, str(tmp_path)]) == 0
+        assert main(["checkpoint", action, str(tmp_path)]) == code
         assert capsys.readouterr().out == f"there are no checkpoints in {tmp_path / 'checkpoints'}\n"
         (tmp_path / "checkpoints" / "step_00000003.tmp").mkdir(parents=True, exist_ok=True)
 
@@ -308,3 +309,33 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == shown
     assert main(["checkpoint", "list", str(tmp_path)]) == 0
     assert "unreadable" in capsys.readouterr().out
+    assert main(["checkpoint", "verify", str(tmp_path / "checkpoints")]) == 1
+    assert capsys.readouterr().out == shown
+    broken.rename(broken.with_name("step_00000007.damaged"))
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    assert "step_00000007.damaged: was damaged and set aside" in capsys.readouterr().out
+
+
+def test_overrides_may_stand_behind_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path / "no.yaml"), "--resume", "never", "train.steps=3"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path / "no.yaml"), "--train.steps=3"])
+    assert "unrecognized arguments: --train.steps=3" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    file = tmp_path / "file"
+    file.write_text("x = 1\n" * 5000)
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"preset": "tiny"},
+        "data": {"sources": [str(Path(__file__).parent)], "directory": str(file / "prepared"), "heldout_fraction": 0.5},
+        "train": {"steps": 1, "tokens_per_step": 64, "sequence_length": 64},
+    }
+    config.write_text(yaml.safe_dump(tree))
+    assert main(["prepare", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error
+    assert len(error.strip().splitlines()) == 1

@@ -194,7 +194,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, (out, err)
     done = len(run.rows())
-    assert f"stopped by SIGTERM after step {done} of 100000; run again to go on" in out
+    assert f"stopped as asked after step {done} of 100000; run again to go on" in out
     assert run.checkpoints() == [f"step_{done:08d}"]
     if number == signal.SIGTERM:
         run.train(*endless[1:], f"train.steps={done + 1}")
@@ -221,6 +221,10 @@ def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path: Path, p
     assert len(err.strip().splitlines()) == 1
     _, err = run.train("--resume", "never", code=2)
     assert "has checkpoints" in err
+    out, _ = run.train("train.steps=2", "parallel.plan=all_gather")
+    assert "changed since this run was last started: parallel.plan ring -> all_gather, train.steps 1 -> 2" in out
+    out, _ = run.train("train.steps=1")  # fewer than are done
+    assert [row["step"] for row in run.rows()] == [1, 2]
 
 
 def test_torchrun_runs_the_same_command(tmp_path: Path, prepared: Path, straight: Run) -> None:

@@ -30,12 +30,12 @@ def test_an_impossible_division_names_the_nearest_possible_ones() -> None:
     assert str(caught.value) == (
         "6 processes cannot be divided into parallel.context 2 x parallel.tensor 2; possible are "
         "context 1 x tensor 2, context 3 x tensor 2, context 2 x tensor 1 with 6 processes, "
-        "or these degrees with 4 or 8 processes"
+        "or these degrees with 4 or 8 processes (launch.processes)"
     )
 
 
 def test_with_too_few_processes_only_more_are_offered() -> None:
-    with pytest.raises(MeshError, match=r"or these degrees with 4 processes$"):
+    with pytest.raises(MeshError, match=r"or these degrees with 4 processes \(launch\.processes\)$"):
         Degrees.divide(2, context=4, tensor=1)
 
 

@@ -89,6 +89,7 @@ def _serve(pipe: Connection, path: list[str]) -> None:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=180)
             )
+            dist.barrier()  # a rank that is done before another has connected would close the connection on it
             pipe.send((True, getattr(modules[file], name)(rank, world, *arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

@@ -22,13 +22,13 @@ class RunState:
         # What must be the same for a resumed run to go on; the rest of the configuration may change.
         self.identity = {
             "layout": layout,
-            "zero_stage": config.parallel.zero_stage,
-            "dtype": config.train.dtype,
+            "parallel.zero_stage": config.parallel.zero_stage,
+            "train.dtype": config.train.dtype,
             "model": config.model.model_dump(mode="json", exclude={"preset"}),
-            "data": data_fingerprint,
-            "seed": config.run.seed,
-            "rows_per_step": config.train.rows_per_step,
-            "sequence_length": config.train.sequence_length,
+            "data (fingerprint)": data_fingerprint,
+            "run.seed": config.run.seed,
+            "train.tokens_per_step": config.train.tokens_per_step,
+            "train.sequence_length": config.train.sequence_length,
         }
 
     def save(self, trainer: Trainer) -> Path:
@@ -49,11 +49,17 @@ class RunState:
 
     def check(self, found: Found) -> None:
         """ConfigError when the checkpoint is of another layout, model or order of samples."""
-        saved: dict[str, Any] = found.state["identity"]
-        changed = [key for key, value in self.identity.items() if saved.get(key) != value]
-        if changed:
-            changes = "; ".join(f"{key} was {saved.get(key)} and is {self.identity[key]}" for key in changed)
-            raise ConfigError(f"{found.path} cannot be resumed with this configuration: {changes}")
+        saved = _by_key(found.state["identity"])
+        changes = [
+            f"{key} was {saved.get(key)} and is {now}"
+            for key, now in _by_key(self.identity).items()
+            if saved.get(key) != now
+        ]
+        if changes:
+            raise ConfigError(
+                f"{found.path} cannot be resumed with this configuration: {'; '.join(changes)}; "
+                "change that back, or choose another run.dir"
+            )
 
     def resume(self, trainer: Trainer, found: Found) -> None:
         """Collective; the checkpoint must have passed `check`."""
@@ -61,6 +67,12 @@ class RunState:
         rank = torch.distributed.get_rank()
         _set_random_state(torch.load(found.path / f"random_{rank:05d}.pt", weights_only=False))
         trainer.step, trainer.tokens = found.step, int(found.state["tokens"])
+
+
+def _by_key(identity: dict[str, Any]) -> dict[str, Any]:
+    """The model's keys beside the others, so that a message names the one that differs."""
+    model = {f"model.{key}": value for key, value in identity["model"].items()}
+    return {**{key: value for key, value in identity.items() if key != "model"}, **model}
 
 
 def _random_state() -> dict[str, Any]:
