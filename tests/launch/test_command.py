@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 import torch
+import yaml
 
 from farspan.launch import elastic
 from farspan.launch.command import main
