@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -32,7 +32,6 @@ class Report:
     stage_imbalance: float
     elements_sent: dict[str, list[tuple[int, int]]]
     peak_slots: dict[str, int]
-    head_dim: int = field(default=1)
 
     def bytes_sent(self, direction: str, itemsize: int, accumulation_itemsize: int) -> list[int]:
         """By rank, for operands of `itemsize` bytes and the head dim that `verify` was given."""
@@ -70,7 +69,6 @@ def verify(plan: Plan, order: Order, mask: IntervalMask, *, head_dim: int = 1, b
         stage_imbalance=busiest_of_stage.total() * plan.world / max(1, total),
         elements_sent={d: _elements_sent(plan, d, head_dim, batch) for d in ("forward", "backward")},
         peak_slots={d: _peak(plan, d) for d in ("forward", "backward")},
-        head_dim=head_dim,
     )
 
 
