@@ -1,7 +1,8 @@
 """Attention on one device: masks, kernels and their merging. Nothing here knows of ranks."""
 
 from farspan.kernels import masks
-from farspan.kernels.attend import BACKENDS, attend, attend_backward, row_delta
+from farspan.kernels.attend import attend, attend_backward, row_delta
+from farspan.kernels.backends import BACKENDS
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype, merge, merge_into
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farspan.kernels import reference
+from farspan.kernels.backends import REGISTRY
+from farspan.kernels.choice import parts
 from farspan.kernels.masks import IntervalMask
-from farspan.kernels.merge import accumulation_dtype, merge_into
-
-BACKENDS = ("auto", "reference")
+from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.triton import launch
 
 
 def attend(
@@ -31,19 +31,27 @@ def attend(
         mask: rows are the S rows of q, keys the N slots of k.
         index: dynamic sparse selections; no backend takes one yet (ValueError).
         scale: of the scores; `D ** -0.5` when None.
-        backend: one of `BACKENDS`; "auto" is the fastest that can express the call.
+        backend: one of `BACKENDS`; "auto" is the fastest that can express the call, by the measured table of `rates`,
+            and may give rectangles of the mask to a library and the rest to another backend.
         out_dtype: of out; q's when None. lse always has the accumulation dtype (fp32, or fp64 for fp64).
         accumulate: (out, lse) of the same rows over other keys, which this call's result is merged into in place.
 
     Returns:
         out `[B, S, H, Dv]` and lse `[B, H, S]`; a row that sees no key has out 0 and lse -inf.
     """
-    _check(q, k, v, mask, index, backend)
-    out, lse = reference.attend(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
-    if accumulate is None:
-        return out.to(q.dtype if out_dtype is None else out_dtype), lse
-    merge_into(*accumulate, out, lse)
-    return accumulate
+    _check(q, k, v, mask, index)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = q.dtype if out_dtype is None else out_dtype
+    calls = parts(q, k, v, mask, backend, backward=False)
+    if len(calls) == 1 and calls[0].mask.rows == mask.rows:
+        part = calls[0]
+        return REGISTRY[part.backend].attend(q, k[:, part.keys], v[:, part.keys], part.mask, scale, dtype, accumulate)
+    out, lse = _nothing(q, v) if accumulate is None else accumulate
+    for part in calls:
+        total = out[:, part.rows], lse[:, :, part.rows]
+        keys, values = k[:, part.keys], v[:, part.keys]
+        REGISTRY[part.backend].attend(q[:, part.rows], keys, values, part.mask, scale, out.dtype, total)
+    return out.to(dtype) if accumulate is None else out, lse
 
 
 def attend_backward(
@@ -72,30 +80,58 @@ def attend_backward(
     Returns:
         dq `[B, S, H, D]`, dk `[B, N, Hkv, D]`, dv `[B, N, Hkv, Dv]`.
     """
-    _check(q, k, v, mask, index, backend)
+    _check(q, k, v, mask, index)
     if delta is None:
         if out is None:
             raise ValueError("attend_backward needs the global out or delta = rowsum(dout * out); both are None")
         delta = row_delta(dout, out)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    gradients = reference.attend_backward(dout, q, k, v, lse, delta, mask, scale)
     dtype = q.dtype if out_dtype is None else out_dtype
-    dq, dk, dv = (
-        gradient.to(dtype) if total is None else total.add_(gradient)
-        for total, gradient in zip(accumulate, gradients, strict=True)
+    calls = parts(q, k, v, mask, backend, backward=True)
+    if len(calls) == 1 and calls[0].mask.rows == mask.rows and calls[0].keys == slice(0, k.shape[1]):
+        compute = REGISTRY[calls[0].backend].attend_backward
+        return compute(dout, q, k, v, out, lse, delta, calls[0].mask, scale, dtype, accumulate)
+    work = accumulation_dtype(q.dtype)
+    totals = tuple(
+        torch.zeros_like(x, dtype=work, memory_format=torch.contiguous_format) if total is None else total
+        for x, total in zip((q, k, v), accumulate, strict=True)
     )
+    for part in calls:
+        rows, keys = part.rows, part.keys
+        REGISTRY[part.backend].attend_backward(
+            dout[:, rows],
+            q[:, rows],
+            k[:, keys],
+            v[:, keys],
+            None if out is None else out[:, rows],
+            lse[:, :, rows],
+            delta[:, :, rows],
+            part.mask,
+            scale,
+            work,
+            (totals[0][:, rows], totals[1][:, keys], totals[2][:, keys]),
+        )
+    dq, dk, dv = (sum_.to(dtype) if total is None else total for sum_, total in zip(totals, accumulate, strict=True))
     return dq, dk, dv
 
 
 def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """`rowsum(dout * out)` `[B, H, S]` in the accumulation dtype: what the softmax's gradient subtracts."""
     work = accumulation_dtype(dout.dtype)
+    if dout.device.type == "cuda" and work == torch.float32:
+        return launch.row_delta(dout, out)
     return (dout.to(work) * out.to(work)).sum(-1).transpose(1, 2)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, index: None, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"attention.backend is {backend!r}; possible are {', '.join(BACKENDS)}")
+def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse of rows that have seen no key."""
+    batch, rows, heads, _ = q.shape
+    work = accumulation_dtype(q.dtype)
+    out = q.new_zeros(batch, rows, heads, v.shape[3], dtype=work)
+    return out, q.new_full((batch, heads, rows), float("-inf"), dtype=work)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, index: None) -> None:
     if index is not None:
         raise ValueError("a sparse index was given, but none of the backends takes one")
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class IntervalMask:
     end: Tensor
     anchor_begin: Tensor
     anchor_end: Tensor
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What kernels worked out from this mask, by name: all layers of a batch share a mask, so that is done once."""
 
     def __post_init__(self) -> None:
         begin, end, anchor_begin, anchor_end = (bound.to(torch.int32) for bound in self.bounds)

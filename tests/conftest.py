@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton decides at import whether its kernels are interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from support.pool import Pool
 
 

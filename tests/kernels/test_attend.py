@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.oracle import dense_attention, difference, mask_cases, random_qkv
 
-from farspan.kernels import IntervalMask, attend, attend_backward, masks, merge, reference
+from farspan.kernels import IntervalMask, attend, attend_backward, masks, merge
+from farspan.kernels.backends import reference
 
 NAMES = [case.name for case in mask_cases(16)]
 

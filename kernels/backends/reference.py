@@ -11,8 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from farspan.kernels.backends.base import Accumulated, deliver, deliver_gradients
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype
+
+any_mask = True
 
 # Scores held at once, over batch, heads, rows and keys: 64 MiB in fp32.
 _SCORES = 1 << 24
@@ -20,8 +23,19 @@ _SCORES = 1 << 24
 _ROWS = {"cpu": 64, "cuda": 512}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> tuple[Tensor, Tensor]:
-    """out `[B, S, H, Dv]` and lse `[B, H, S]`, both in the accumulation dtype of q."""
+def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    out_dtype: torch.dtype,
+    accumulate: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
     work = accumulation_dtype(q.dtype)
     batch, rows, heads, _ = q.shape
     queries, keys, values = _grouped(q, k.shape[2]), _by_head(k), _by_head(v)
@@ -37,13 +51,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) ->
         part.div_(torch.where(total == 0, torch.ones_like(total), total)[..., None])
         out[:, tile.rows] = _ungrouped(part)
         lse[:, :, tile.rows] = (highest + total.log()).flatten(1, 2)
-    return out, lse
+    return deliver(out, lse, out_dtype, accumulate)
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, mask: IntervalMask, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    out_dtype: torch.dtype,
+    accumulate: Accumulated,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq `[B, S, H, D]`, dk and dv `[B, N, Hkv, D or Dv]` in the accumulation dtype; lse and delta are global ones."""
     work = accumulation_dtype(q.dtype)
     kv_heads = k.shape[2]
     queries, keys, values, gradients = _grouped(q, kv_heads), _by_head(k), _by_head(v), _grouped(dout, kv_heads)
@@ -64,7 +87,7 @@ def attend_backward(
         ds.sub_(row_delta[..., tile.rows].flatten(2, 3)[..., None]).mul_(weights)
         dq[:, tile.rows] = _ungrouped((ds @ keys[:, :, tile.keys].to(work)).unflatten(2, shape)) * scale
         dk[:, :, tile.keys] += ds.transpose(-1, -2) @ (rows * scale)
-    return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+    return deliver_gradients((dq, dk.transpose(1, 2), dv.transpose(1, 2)), out_dtype, accumulate)
 
 
 class _Tile:

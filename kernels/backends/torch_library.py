@@ -1,0 +1,96 @@
+"""cuDNN and FlashAttention-2 as torch ships them, through the operators that return lse and take the merged one back.
+
+They compute rectangles: full ones, and causal ones with as many rows as keys. Partial outputs come back in the dtype of
+q, so a merged result carries their rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.backends.base import Accumulated, deliver, deliver_gradients
+from farspan.kernels.masks import IntervalMask
+from farspan.kernels.tiles import TileMap
+
+
+class TorchLibrary:
+    """One of torch's attention libraries."""
+
+    any_mask = False
+
+    def __init__(self, name: str, capability: tuple[int, int], max_dim: int) -> None:
+        self.name, self.capability, self.max_dim = name, capability, max_dim
+
+    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        if q.device.type != "cuda":
+            return f"{self.name} needs CUDA tensors, got {q.device.type}"
+        if torch.cuda.get_device_capability(q.device) < self.capability:
+            return f"{self.name} needs a GPU of compute capability {'.'.join(map(str, self.capability))} or newer"
+        if q.dtype not in (torch.bfloat16, torch.float16):
+            return f"{self.name} takes bf16 and fp16, got {q.dtype}"
+        if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > self.max_dim:
+            return (
+                f"{self.name} takes one head dim for keys and values, a multiple of 8 up to {self.max_dim}, "
+                f"got {q.shape[3]} and {v.shape[3]}"
+            )
+        return None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: IntervalMask,
+        scale: float,
+        out_dtype: torch.dtype,
+        accumulate: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        causal = _is_causal(mask, k.shape[2])
+        if self.name == "cudnn":
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, 0.0, causal, False, scale=scale
+            )
+        else:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        return deliver(out.transpose(1, 2), lse.view(q.shape[:3]), out_dtype, accumulate)
+
+    def attend_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor,
+        mask: IntervalMask,
+        scale: float,
+        out_dtype: torch.dtype,
+        accumulate: Accumulated,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if out is None:
+            raise ValueError(f"{self.name} computes delta itself and needs the global out, which is None")
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        causal = _is_causal(mask, k.shape[2])
+        # Neither dropout nor packed sequences: no seeds, no cumulative lengths.
+        unused: Any = torch.zeros((), dtype=torch.int64, device=q.device)
+        lengths = (None, None, q.shape[2], k.shape[2])
+        lse = lse.contiguous()  # flash does not look at its strides
+        if self.name == "cudnn":
+            gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, *lengths, 0.0, causal, scale=scale
+            )
+        else:
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                dout, q, k, v, out, lse, *lengths, 0.0, causal, unused, unused, scale=scale
+            )
+        return deliver_gradients(tuple(x.transpose(1, 2) for x in gradients), out_dtype, accumulate)
+
+
+def _is_causal(mask: IntervalMask, keys: int) -> bool:
+    """The caller has made sure that the mask is full, or causal and square."""
+    return TileMap.of(mask, keys).offset != keys

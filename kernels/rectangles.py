@@ -1,0 +1,110 @@
+"""Cutting a mask into full and causal rectangles, which library kernels can compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from farspan.kernels import masks
+from farspan.kernels.masks import IntervalMask
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Rows `[rows[0], rows[1])` over keys `[keys[0], keys[1])`: full, or causal with as many rows as keys."""
+
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+    causal: bool
+
+    @property
+    def pairs(self) -> int:
+        rows, keys = self.rows[1] - self.rows[0], self.keys[1] - self.keys[0]
+        return rows * (rows + 1) // 2 if self.causal else rows * keys
+
+    def mask(self, device: torch.device) -> IntervalMask:
+        rows, keys = self.rows[1] - self.rows[0], self.keys[1] - self.keys[0]
+        if self.causal:
+            mask = masks.causal(rows)
+        else:
+            begin = torch.zeros(1, rows, dtype=torch.int32)
+            mask = IntervalMask(begin, begin + keys, begin, begin)
+        return mask.to(device)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Disjoint rectangles, and a mask of what they leave, None if that is nothing."""
+
+    rectangles: tuple[Rectangle, ...]
+    rest: IntervalMask | None
+
+
+def rectangles(mask: IntervalMask, keys: int, smallest: int = 1024, most: int = 8) -> Cut:
+    """The runs of rows whose intervals stay, or whose end moves one key a row, as rectangles; the rest as a mask.
+
+    Only runs of at least `smallest` squared pairs count, and of these the `most` largest: a call has its costs, so
+    windows, whose every row is a run of its own, and many small documents are left to other kernels. A batch
+    with several masks is left whole.
+    """
+    name = f"rectangles of {keys} by {smallest}, {most}"
+    if name not in mask.derived:
+        mask.derived[name] = _cut(mask, keys, smallest, most)
+    cut: Cut = mask.derived[name]
+    return cut
+
+
+def _cut(mask: IntervalMask, keys: int, smallest: int, most: int) -> Cut:
+    if mask.batch > 1:
+        return Cut((), mask)
+    bounds = [bound[0].cpu().numpy().astype(np.int64) for bound in mask.bounds]
+    runs = [_of_run(first, stop, bounds) for first, stop in _runs(bounds)]
+    area = [sum(part.pairs for part in run) for run in runs]
+    worth = sorted((i for i in range(len(runs)) if area[i] >= smallest**2), key=lambda i: -area[i])[:most]
+    chosen = tuple(part for i in sorted(worth) for part in runs[i])
+    covered = torch.zeros(mask.rows, dtype=torch.bool)
+    for part in chosen:
+        covered[slice(*part.rows)] = True
+    left = ~covered.to(mask.device)
+    rest = IntervalMask(*(bound * left for bound in mask.bounds))
+    return Cut(chosen, None if rest.kind(keys) == "empty" else rest)
+
+
+def _runs(bounds: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Longest runs of rows in which only the end moves, by the same 0 or 1 from row to row."""
+    begin, end, anchor_begin, anchor_end = bounds
+    rows = len(begin)
+    step = np.diff(end)
+    same = (np.diff(begin) == 0) & (np.diff(anchor_begin) == 0) & (np.diff(anchor_end) == 0) & (step >= 0) & (step <= 1)
+    runs = []
+    first = 0
+    # A run ends where a step is of another kind than the one before it; a step that fits nothing stands alone.
+    kind = np.where(same, step, -1)
+    breaks = np.flatnonzero(np.diff(kind, prepend=-2))
+    for position, at in enumerate(breaks):
+        stop = breaks[position + 1] if position + 1 < len(breaks) else rows - 1
+        if kind[at] < 0:
+            continue
+        # Steps at .. stop - 1 join the rows at .. stop; the first of them may belong to the run before.
+        at = max(first, int(at))
+        runs += [(row, row + 1) for row in range(first, at)]
+        runs.append((at, int(stop) + 1))
+        first = int(stop) + 1
+    return runs + [(row, row + 1) for row in range(first, rows)]
+
+
+def _of_run(first: int, stop: int, bounds: list[np.ndarray]) -> list[Rectangle]:
+    begin, end, anchor_begin, anchor_end = (int(bound[first]) for bound in bounds)
+    parts = []
+    if anchor_end > anchor_begin:
+        parts.append(Rectangle((first, stop), (anchor_begin, anchor_end), False))
+    if stop - first == 1 or bounds[1][first + 1] == end:
+        parts.append(Rectangle((first, stop), (begin, end), False))
+    elif end == begin:  # the first row sees nothing yet
+        parts.append(Rectangle((first + 1, stop), (begin, begin + stop - first - 1), True))
+    else:
+        parts.append(Rectangle((first, stop), (begin, end - 1), False))
+        parts.append(Rectangle((first, stop), (end - 1, end - 1 + stop - first), True))
+    return [part for part in parts if part.keys[1] > part.keys[0]]

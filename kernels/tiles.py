@@ -1,0 +1,127 @@
+"""Which 128 x 128 tiles of the attention matrix a mask lets a kernel visit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from farspan.kernels.masks import IntervalMask
+
+TILE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    """For each tile of one side, the tiles of the other side that it meets, in ascending order.
+
+    Tile t of mask row b meets `full_tiles[full_start[b * n + t] : full_start[b * n + t + 1]]`, where every element is
+    visible, and likewise `partial_tiles`, where elements must be tested. All are int32. `longest_first` `[B, n]` is
+    an order in which to start the tiles, so that the last ones to finish are short.
+    """
+
+    full_start: Tensor
+    full_tiles: Tensor
+    partial_start: Tensor
+    partial_tiles: Tensor
+    longest_first: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TileMap:
+    """The tiles of one mask over `keys` keys; built on the mask's device, once a mask.
+
+    `offset` is set for a mask that needs no list: row q sees the keys `[0, min(q + 1 + offset, keys))`, which is causal
+    (aligned bottom-right with offset = keys - rows) or, with offset = keys, full. Otherwise the tiles are in the lists.
+    """
+
+    mask: IntervalMask
+    keys: int
+    offset: int | None
+
+    @staticmethod
+    def of(mask: IntervalMask, keys: int) -> TileMap:
+        """The tile map of a mask, built at the first call. ValueError if the mask lets a row see keys past `keys`."""
+        name = f"tiles of {keys}"
+        if name not in mask.derived:
+            if int(torch.maximum(mask.end.max(), mask.anchor_end.max())) > keys:
+                raise ValueError(f"a mask that sees keys up to {int(mask.end.max())} was given {keys} keys")
+            mask.derived[name] = TileMap(mask, keys, _offset(mask, keys))
+        tile_map: TileMap = mask.derived[name]
+        return tile_map
+
+    @cached_property
+    def by_row(self) -> TileLists:
+        """For each tile of rows its tiles of keys."""
+        return _lists(*self._active)
+
+    @cached_property
+    def by_key(self) -> TileLists:
+        """For each tile of keys its tiles of rows."""
+        return _lists(*(kind.transpose(1, 2) for kind in self._active))
+
+    @cached_property
+    def pairs(self) -> int:
+        """Visible (row, key) pairs, summed over the mask's batch."""
+        return self.mask.area()
+
+    @cached_property
+    def active_tiles(self) -> int:
+        """Tiles in which something is visible, summed over the mask's batch."""
+        return sum(int(kind.sum()) for kind in self._active)
+
+    def flops(self, heads: int, head_dim: int, batch: int = 1) -> int:
+        """Floating-point operations of one forward pass, counted for visible pairs alone; backward has 2.5 times."""
+        return 4 * heads * head_dim * self.pairs * (batch // self.mask.batch)
+
+    @property
+    def _active(self) -> tuple[Tensor, Tensor]:
+        """Full and partial tiles, bool `[B, row tiles, key tiles]`; not kept, for it is large at a million tokens."""
+        row_tiles, key_tiles = -(-self.mask.rows // TILE), -(-self.keys // TILE)
+        row = torch.arange(self.mask.rows, device=self.mask.device)
+        cell = torch.arange(self.mask.batch, device=row.device)[:, None] * row_tiles + row // TILE
+
+        def count(first: Tensor, stop: Tensor, at: Tensor) -> None:
+            """Adds one for each row to the tiles from first to stop, as a step up and a step down."""
+            step = (stop > first).int().flatten()
+            at.index_add_(0, (cell * (key_tiles + 1) + first).flatten(), step)
+            at.index_add_(0, (cell * (key_tiles + 1) + stop.maximum(first)).flatten(), -step)
+
+        touched = row.new_zeros(self.mask.batch * row_tiles * (key_tiles + 1), dtype=torch.int32)
+        covered = torch.zeros_like(touched)
+        begin, end, anchor_begin, anchor_end = self.mask.bounds
+        for first, stop in ((begin, end), (anchor_begin, anchor_end)):
+            seen = stop > first
+            count(first // TILE, torch.where(seen, -(-stop // TILE), first // TILE), touched)
+            count(-(-first // TILE), stop // TILE, covered)
+        shape = (self.mask.batch, row_tiles, key_tiles + 1)
+        touches, covers = (x.view(shape).cumsum(-1, dtype=torch.int32)[..., :-1] for x in (touched, covered))
+        full = covers == torch.bincount(row // TILE, minlength=row_tiles)[:, None]
+        return full, (touches > 0) & ~full
+
+
+def _offset(mask: IntervalMask, keys: int) -> int | None:
+    if bool(((mask.anchor_end > mask.anchor_begin) | (mask.begin > 0)).any()):
+        return None
+    row = torch.arange(mask.rows, device=mask.device)
+    first, last = int(mask.end[0, 0]), int(mask.end[0, -1])
+    for offset in (keys if first == keys else first - 1, last - mask.rows):
+        if bool((mask.end == (row + 1 + offset).clamp(0, keys)).all()):
+            return offset
+    return None
+
+
+def _lists(full: Tensor, partial: Tensor) -> TileLists:
+    work = full.sum(-1) + partial.sum(-1)
+    longest_first = work.argsort(dim=-1, descending=True, stable=True).int()
+    return TileLists(*_compressed(full), *_compressed(partial), longest_first.contiguous())
+
+
+def _compressed(active: Tensor) -> tuple[Tensor, Tensor]:
+    """Start of each list (one more than there are lists), and the lists one after the other."""
+    counts = active.sum(-1, dtype=torch.int32).flatten()
+    start = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    tiles = active.flatten().nonzero().squeeze(1) % active.shape[-1]
+    return start, tiles.int()

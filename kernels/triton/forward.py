@@ -1,0 +1,131 @@
+"""The forward kernel: one program a tile of rows and query head (FlashAttention-2, arXiv:2307.08691).
+
+A program walks the tiles of keys that its rows meet with an online softmax: first those where everything is visible,
+without any test, then those where elements are tested. Exponents are to base 2; `scale_log2` is scale x log2(e).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from farspan.kernels.triton.walk import block_of, row_bounds, visible
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def forward_kernel(
+    q_desc,  # [B, H, S, D]
+    k_desc,  # [B, Hkv, N, D]
+    v_desc,  # [B, Hkv, N, Dv]
+    out,  # [B, H, S, Dv]
+    out_stride_b,
+    out_stride_h,
+    out_stride_s,
+    lse,  # [B, H, S]
+    lse_stride_b,
+    lse_stride_h,
+    begin,  # the mask's bounds, [mask batch, S]
+    end,
+    anchor_begin,
+    anchor_end,
+    full_start,  # TileMap.by_row
+    full_tiles,
+    partial_start,
+    partial_tiles,
+    longest_first,
+    mask_stride,  # 0 where the whole batch shares one mask, else 1
+    rows,
+    keys,
+    offset,
+    scale_log2,
+    GROUP: tl.constexpr,  # query heads that read one kv head
+    LISTS: tl.constexpr,  # visit the tiles of the lists; else row q sees [0, min(q + 1 + offset, keys))
+    ACCUMULATE: tl.constexpr,  # merge into what out and lse hold
+    PRECISION: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    head, batch = tl.program_id(1), tl.program_id(2)
+    kv_head = head // GROUP
+    if LISTS:
+        tiles = tl.cdiv(rows, TILE)
+        place = batch * mask_stride * tiles + tl.program_id(0) // (TILE // BLOCK_M)
+        tile = tl.load(longest_first + place)
+        first_row = tile * TILE + tl.program_id(0) % (TILE // BLOCK_M) * BLOCK_M
+        entry = batch * mask_stride * tiles + tile
+        full_first, full_stop = tl.load(full_start + entry), tl.load(full_start + entry + 1)
+        partial_first, partial_stop = tl.load(partial_start + entry), tl.load(partial_start + entry + 1)
+        SPLIT: tl.constexpr = TILE // BLOCK_N
+    else:
+        first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
+        full_first = 0
+        full_stop = tl.maximum(tl.minimum(first_row + 1 + offset, keys), 0) // BLOCK_N
+        partial_first = full_stop
+        partial_stop = tl.cdiv(tl.minimum(tl.minimum(first_row + BLOCK_M, rows) + offset, keys), BLOCK_N)
+        SPLIT: tl.constexpr = 1
+    row = first_row + tl.arange(0, BLOCK_M)
+
+    q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
+    total = tl.zeros([BLOCK_M, PADDED_VALUE_DIM], tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+
+    for i in tl.range(full_first * SPLIT, full_stop * SPLIT):
+        key = block_of(full_tiles, i, LISTS, SPLIT, TILE, BLOCK_N)
+        k = k_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_DIM)
+        v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        total, highest, weight = _online_softmax(scores, v, total, highest, weight, scale_log2, PRECISION)
+
+    bounds = row_bounds(
+        row, rows, keys, offset, begin, end, anchor_begin, anchor_end, batch * mask_stride * rows, LISTS
+    )
+    for i in tl.range(partial_first * SPLIT, partial_stop * SPLIT):
+        key = block_of(partial_tiles, i, LISTS, SPLIT, TILE, BLOCK_N)
+        k = k_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_DIM)
+        v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        seen = visible(key + tl.arange(0, BLOCK_N), bounds, 0)
+        scores = tl.where(seen, scores, float("-inf"))
+        total, highest, weight = _online_softmax(scores, v, total, highest, weight, scale_log2, PRECISION)
+
+    blind = weight == 0
+    part = total / tl.where(blind, 1.0, weight)[:, None]
+    part_lse = tl.where(blind, float("-inf"), (highest + tl.log2(weight)) * LN_2)
+
+    column = tl.arange(0, PADDED_VALUE_DIM)
+    present = row < rows
+    inside = present[:, None] & (column < VALUE_DIM)[None, :]
+    # 64 bits: a tensor may have more than 2^31 elements.
+    out_at = out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    out_at += row[:, None].to(tl.int64) * out_stride_s + column[None, :]
+    lse_at = lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + row
+    if ACCUMULATE:
+        old_lse = tl.load(lse_at, mask=present, other=float("-inf"))
+        peak = tl.maximum(old_lse, part_lse)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        merged = peak + tl.log(tl.exp(old_lse - peak) + tl.exp(part_lse - peak))
+        safe = tl.where(merged == float("-inf"), 0.0, merged)
+        old = tl.load(out_at, mask=inside, other=0.0)
+        part = old * tl.exp(old_lse - safe)[:, None] + part * tl.exp(part_lse - safe)[:, None]
+        part_lse = merged
+    tl.store(out_at, part.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse_at, part_lse, mask=present)
+
+
+@triton.jit
+def _online_softmax(scores, v, total, highest, weight, scale_log2, PRECISION: tl.constexpr):
+    """Takes a block of raw scores into the running output, maximum (scaled, base 2) and sum of weights."""
+    higher = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
+    # A row that has seen nothing yet has -inf, which minus itself would be NaN.
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(scores * scale_log2 - safe[:, None])
+    shrink = tl.exp2(highest - safe)
+    total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision=PRECISION)
+    return total, higher, weight * shrink + tl.sum(p, 1)

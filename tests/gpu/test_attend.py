@@ -1,0 +1,191 @@
+"""Attention kernels on a GPU, in bf16: errors beside cuDNN's on the same inputs, repeatability, merging, size."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.kernels import IntervalMask, attend, attend_backward, masks, row_delta
+from farspan.kernels.backends import REGISTRY
+
+pytestmark = pytest.mark.gpu
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs(length: int, heads: tuple[int, int], dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    generator = torch.Generator("cuda").manual_seed(length)
+    shapes = [(1, length, h, dim) for h in (heads[0], heads[1], heads[1], heads[0])]
+    return tuple(torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes)
+
+
+def run(tensors: tuple[Tensor, ...], mask: IntervalMask, backend: str) -> Results:
+    q, k, v, dout = tensors
+    out, lse = attend(q, k, v, mask, backend=backend)
+    return out, lse, *attend_backward(dout, q, k, v, out, lse, mask, backend=backend)
+
+
+def builders(length: int) -> dict[str, IntervalMask]:
+    """A mask of each builder, over documents of odd lengths, and one in which every third row sees nothing."""
+    cu = [0, 1, 300, 301, length // 2 + 77, length]
+    sizes = [b - a for a, b in pairwise(cu)]
+    sees = torch.arange(length) % 3 != 1
+    return {
+        "causal": masks.causal(length),
+        "full": masks.full(length),
+        "documents": masks.causal(length, cu),
+        "window": masks.sliding_window(length, 333, 4, cu),
+        "star": masks.star(length, 256, 100, [size * 7 // 8 for size in sizes], cu),
+        "prefix": masks.prefix_lm(length, [size // 3 for size in sizes], cu),
+        "question": masks.shared_question(length, [[size - 2 * (size // 3), size // 3, size // 3] for size in sizes]),
+        "blind": IntervalMask(*(bound * sees for bound in masks.causal(length).bounds)),
+    }
+
+
+def errors(results: Results, exact: Results) -> list[float]:
+    """Relative L2 of out, dq, dk, dv."""
+    for x in results:
+        assert not x.isnan().any()
+    pairs = [(results[i], exact[i]) for i in (0, 2, 3, 4)]
+    return [float((x.double() - y).norm() / y.norm().clamp(min=1e-12)) for x, y in pairs]
+
+
+def skip_without(backend: str, tensors: tuple[Tensor, ...]) -> None:
+    refusal = REGISTRY[backend].refusal(*tensors[:3])
+    if refusal is not None:
+        pytest.skip(refusal)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("length", [127, 128, 129, 4097, 131072])
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_error_is_that_of_cudnn(kind: str, length: int, dim: int) -> None:
+    if kind == "full" and length > 5000:
+        pytest.skip("the fp64 reference of a full 131072 x 131072 takes minutes")
+    tensors = inputs(length, (4, 1), dim)
+    mask = (masks.causal if kind == "causal" else masks.full)(length).to("cuda")
+    exact = run(tuple(x.double() for x in tensors), mask, "reference")
+    ours, library = (errors(run(tensors, mask, backend), exact) for backend in ("triton", "cudnn"))
+    print(f"{kind} {length} head dim {dim}: triton {ours}, cudnn {library}")
+    assert all(a <= 1.1 * b for a, b in zip(ours, library))
+
+
+def test_one_token() -> None:
+    tensors = inputs(1, (4, 1), 128)
+    out, _, dq, dk, dv = run(tensors, masks.causal(1).to("cuda"), "triton")
+    assert torch.equal(out, tensors[2].expand_as(out))
+    assert dq.abs().max() < 1e-2
+    assert dk.abs().max() < 1e-2
+    assert torch.allclose(dv[0, 0, 0].float(), tensors[3][0, 0].float().sum(0), atol=2e-2)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("name", builders(1531))
+def test_every_mask(name: str, dim: int) -> None:
+    length = 1531
+    mask = builders(length)[name].to("cuda")
+    tensors = inputs(length, (8, 2), dim)
+    exact = run(tuple(x.double() for x in tensors), mask, "reference")
+    # cuDNN's own errors on dense inputs are 2.0e-3 to 3.0e-3.
+    assert max(errors(run(tensors, mask, "triton"), exact)) < 3e-3
+    half = tuple(x.half() for x in tensors)
+    exact = run(tuple(x.double() for x in half), mask, "reference")
+    assert max(errors(run(half, mask, "triton"), exact)) < 5e-4
+
+
+@pytest.mark.parametrize("name", builders(1531))
+def test_repeats_bit_for_bit(name: str) -> None:
+    tensors = inputs(8192, (8, 2), 128)
+    mask = builders(8192)[name].to("cuda")
+    first = run(tensors, mask, "triton")
+    for _ in range(4):
+        assert all(torch.equal(x, y) for x, y in zip(first, run(tensors, mask, "triton"), strict=True))
+
+
+@pytest.mark.parametrize("second", ["triton", "cudnn", "flash", "flash_attn_4"])
+@pytest.mark.parametrize("first", ["triton", "cudnn", "flash", "flash_attn_4"])
+def test_shares_of_two_backends_are_the_whole(first: str, second: str) -> None:
+    """Keys in two halves, as a ring's stages see them: a full rectangle, and a causal square with a share of rows."""
+    length, cut = 4096, 2048
+    tensors = inputs(length, (8, 2), 128)
+    for backend in (first, second):
+        skip_without(backend, tensors)
+    q, k, v, dout = tensors
+    whole = masks.causal(length)
+    exact = run(tuple(x.double() for x in tensors), whole.to("cuda"), "reference")
+    shares = [
+        (backend, keys, whole.at(range(length), range(keys.start, keys.stop)).to("cuda"))
+        for backend, keys in ((first, slice(0, cut)), (second, slice(cut, length)))
+    ]
+    total = (torch.zeros_like(q, dtype=torch.float32), torch.full((1, 8, length), float("-inf"), device="cuda"))
+    for backend, keys, mask in shares:
+        attend(q, k[:, keys], v[:, keys], mask, backend=backend, accumulate=total)
+    out = total[0].to(q.dtype)
+    sums = tuple(torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+    for backend, keys, mask in shares:
+        into = (sums[0], sums[1][:, keys], sums[2][:, keys])
+        given = (dout, q, k[:, keys], v[:, keys], out, total[1], mask)
+        attend_backward(*given, delta=row_delta(dout, out), backend=backend, accumulate=into)
+    assert max(errors((out, total[1], *sums), exact)) < 4e-3
+
+
+@pytest.mark.parametrize("name", builders(1531))
+def test_auto_is_right(name: str) -> None:
+    tensors = inputs(8192, (8, 2), 128)
+    mask = builders(8192)[name].to("cuda")
+    exact = run(tuple(x.double() for x in tensors), mask, "reference")
+    assert max(errors(run(tensors, mask, "auto"), exact)) < 4e-3
+
+
+def test_a_million_tokens_in_a_window() -> None:
+    """One layer at 1,048,576 tokens: q alone has 2^32 elements, past what 32-bit offsets reach."""
+    length, heads = 1 << 20, (32, 8)
+    tensors = inputs(length, heads, 128)
+    mask = masks.sliding_window(length, 4096).to("cuda")
+    q, k, v, dout = tensors
+    out, lse = attend(q, k, v, mask, backend="triton")
+    dq, dk, dv = attend_backward(dout, q, k, v, out, lse, mask, backend="triton")
+    # The last rows, whose offsets are the largest, against fp64 on the keys that they see.
+    rows, keys = slice(length - 256, length), slice(length - 256 - 4096, length)
+    local = mask.at(torch.arange(length)[rows].cuda(), torch.arange(length)[keys].cuda())
+    small = tuple(x.double() for x in (q[:, rows], k[:, keys], v[:, keys], dout[:, rows]))
+    exact_out, exact_lse = attend(*small[:3], local, backend="reference")
+    exact = attend_backward(small[3], *small[:3], exact_out, exact_lse, local, backend="reference")
+    assert float((out[:, rows].double() - exact_out).norm() / exact_out.norm()) < 3e-3
+    assert float((dq[:, rows].double() - exact[0]).norm() / exact[0].norm()) < 3e-3
+    assert torch.isfinite(dk).all()
+    assert torch.isfinite(dv).all()
+    # Of the last 256 keys every row that sees them is among the last 256 rows.
+    for got, wanted in ((dk, exact[1]), (dv, exact[2])):
+        assert float((got[:, rows].double() - wanted[:, -256:]).norm() / wanted[:, -256:].norm()) < 3e-3
+
+
+_SMALL = """
+import torch
+from farspan.kernels import attend, attend_backward, masks
+for length in (130, 257):
+    for mask in (masks.causal(length), masks.full(length), masks.sliding_window(length, 40, 3, [0, 1, 77, length])):
+        q, dout = (torch.randn(1, length, 4, 80, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(1, length, 2, 80, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        mask = mask.to("cuda")
+        out, lse = attend(q, k, v, mask, backend="triton")
+        attend_backward(dout, q, k, v, out, lse, mask, backend="triton")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_touches_no_memory_out_of_bounds() -> None:
+    # Without torch's pooling of memory, so that each tensor has bounds that the checker knows.
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", _SMALL]
+
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
