@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from farspan.models.config import ModelConfig
 from farspan.models.decoder import Decoder
 from farspan.models.layers import Sharding
 from farspan.parallel.mesh import Mesh
@@ -64,13 +65,7 @@ def train_on(
         describe_changes(directory / "config.yaml", config, report)
         (directory / "config.yaml").write_text(dump_config(config))
     _seed(config.run.seed)
-    sharding = Sharding(mesh.degrees.tensor, config.parallel.sequence_parallel, config.run.seed)
-    model = Decoder(
-        preflight.model,
-        sharding,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
-        backend=config.attention.backend,
-    )
+    model = build_model(config, preflight.model, mesh)
     feed = Feed(config, preflight.model, preflight.prepared, mesh)
     engine = Engine(config, mesh, model)
     callbacks: list[Callback] = [Evaluation(config.eval.every)]
@@ -89,6 +84,16 @@ def train_on(
         recording.close()
         summarize(config, trainer.stopping, store, report)
     engine.close()
+
+
+def build_model(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Decoder:
+    """The decoder with its initial weights; `model` is the configuration's, with its vocabulary known."""
+    return Decoder(
+        model,
+        Sharding(mesh.degrees.tensor, config.parallel.sequence_parallel, config.run.seed),
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        backend=config.attention.backend,
+    )
 
 
 def _find_checkpoint(store: CheckpointStore, state: RunState, mesh: Mesh, resume: bool) -> Found | None:
