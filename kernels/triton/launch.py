@@ -15,6 +15,7 @@ from farspan.kernels.masks import IntervalMask
 from farspan.kernels.tiles import TILE, TileLists, TileMap
 from farspan.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from farspan.kernels.triton.forward import forward_kernel
+from farspan.kernels.triton.hopper import launch as hopper
 from farspan.kernels.triton.shapes import Shape, dkdv_shape, dq_shape, forward_shape
 
 any_mask = True
@@ -51,6 +52,10 @@ def attend(
         lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
     else:
         out, lse = accumulate
+    if hopper.takes(q, v):
+        q, k, v = (_inner_contiguous(x) for x in (q, k, v))
+        hopper.forward(q, k, v, tiles, scale, out, lse, accumulate is not None)
+        return out, lse
     shape = forward_shape(_padded(max(dim, value_dim)), q.itemsize)
     forward_kernel[(_blocks(rows, shape.block_m, tiles), heads, batch)](
         _descriptor(q, shape.block_m),
