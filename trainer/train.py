@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from farspan.models.decoder import Decoder
 from farspan.models.layers import Sharding
+from farspan.models.offload import HostMemory
+from farspan.models.recompute import Recomputation
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.callbacks.evaluation import Evaluation
 from farspan.trainer.callbacks.recording import Recording
@@ -70,6 +72,7 @@ def train_on(
         sharding,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         backend=config.attention.backend,
+        recomputation=_recomputation(config, mesh.device),
     )
     feed = Feed(config, preflight.model, preflight.prepared, mesh)
     engine = Engine(config, mesh, model)
@@ -89,6 +92,12 @@ def train_on(
         recording.close()
         summarize(config, trainer.stopping, store, report)
     engine.close()
+
+
+def _recomputation(config: RunConfig, device: torch.device) -> Recomputation:
+    if config.memory.offload:
+        return Recomputation(config.memory.recompute, HostMemory(device).layer)
+    return Recomputation(config.memory.recompute)
 
 
 def _find_checkpoint(store: CheckpointStore, state: RunState, mesh: Mesh, resume: bool) -> Found | None:
