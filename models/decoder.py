@@ -92,8 +92,11 @@ class Decoder(nn.Module):
         self.loss = VocabularyLoss(loss_chunk_tokens, sharding)
         self.frequencies = inverse_frequencies(config.head_dim, config.rotary_theta)
 
-    def forward(self, batch: DecoderInput) -> Tensor:
-        """Cross-entropy of every slot, fp32 `[B, slots]`, 0 where there is no label."""
+    def forward(self, batch: DecoderInput) -> tuple[Tensor, Tensor]:
+        """The sum of all slots' cross-entropy, fp64, which has the gradient, and that of each slot.
+
+        The latter is fp32 `[B, slots]`, 0 where there is no label, and has no gradient.
+        """
         context = AttentionContext(
             batch.plan, batch.group, rotation(batch.rotary_positions, self.frequencies), self.backend
         )
@@ -102,5 +105,5 @@ class Decoder(nn.Module):
             x = scatter_to_sequence_parallel_region(x)
         x = self.run_layers(self.layers, x, context)
         weight = self.embedding.weight if self.config.tied_embeddings else self.projection.weight
-        losses: Tensor = self.loss(self.norm(x), weight, batch.labels.flatten())
-        return losses.view_as(batch.labels)
+        total, losses = self.loss(self.norm(x), weight, batch.labels.flatten())
+        return total, losses.view_as(batch.labels)

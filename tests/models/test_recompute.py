@@ -12,10 +12,11 @@ from unittest import mock
 import pytest
 import torch
 from support.pool import Pool
-from torch import Tensor
+from torch import Tensor, nn
 
 from farspan.kernels import masks
 from farspan.models import offload
+from farspan.models.attention import AttentionContext
 from farspan.models.config import ModelConfig, RecomputeMode
 from farspan.models.decoder import Decoder, DecoderInput
 from farspan.models.layers import Sharding
@@ -23,6 +24,7 @@ from farspan.models.offload import HostMemory
 from farspan.models.recompute import Recomputation
 from farspan.parallel import execute, orders, plans
 from farspan.parallel.degrees import Degrees
+from farspan.parallel.execute import LayerMemory
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.plan import Schedule
 from farspan.parallel.prepare import prepare
@@ -93,12 +95,12 @@ def step(mesh: Mesh, recomputation: Recomputation) -> Step:
     """Of two micro-batches, both forward passes come before both backward passes."""
     model = Decoder(CONFIG, Sharding(mesh.degrees.tensor), loss_chunk_tokens=7, recomputation=recomputation)
     with counted_calls() as calls:
-        losses = [model(batch(mesh, number)) for number in range(MICRO_BATCHES)]
-        for loss in losses:
-            loss.sum().backward()
+        outputs = [model(batch(mesh, number)) for number in range(MICRO_BATCHES)]
+        for total, _ in outputs:
+            total.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert len(gradients) == len(list(model.parameters()))
-    return [loss.detach() for loss in losses], gradients, dict(calls)
+    return [losses for _, losses in outputs], gradients, dict(calls)
 
 
 def steps(rank: int, world: int, context: int, tensor: int) -> dict[tuple[RecomputeMode, bool], Step]:
@@ -129,21 +131,26 @@ def test_the_same_bits_and_attention_once(pool: Pool, context: int, tensor: int)
                 assert other_calls == calls, case
 
 
-def refusals(rank: int, world: int) -> list[str]:
-    mesh = Mesh.create(Degrees(1, 1, 1), CPU)
-    messages = []
-    try:
-        model = Decoder(CONFIG, Sharding(), recomputation=Recomputation("selective"))
-        loss = model(batch(mesh, 0)).sum()
-        loss.backward(retain_graph=True)
-        try:
-            loss.backward()
-        except RuntimeError as error:
-            messages.append(str(error))
-        return messages
-    finally:
-        mesh.destroy()
+class Square(nn.Module):
+    def forward(self, x: Tensor, context: object) -> Tensor:
+        return x * x
 
 
-def test_a_second_backward_pass_is_refused(pool: Pool) -> None:
-    assert pool.run(1, refusals) == [["what a layer keeps is for one backward pass, and this is the second"]]
+def test_a_second_backward_pass_is_refused() -> None:
+    x = torch.ones(3, requires_grad=True)
+    context = AttentionContext(mock.Mock(), None, mock.Mock())
+    out = Recomputation("full")(nn.ModuleList([Square(), Square()]), x, context)
+    out.sum().backward(retain_graph=True)
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((3,), 4.0))
+    with pytest.raises(RuntimeError, match="what a layer keeps is for one backward pass, and this is the second"):
+        out.sum().backward()
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    def keep(last: bool) -> LayerMemory:
+        raise AssertionError
+
+    with torch.no_grad():
+        out = Recomputation("full", keep)(nn.ModuleList([Square()]), torch.full((3,), 2.0), mock.Mock())
+    assert torch.equal(out, torch.full((3,), 4.0))
