@@ -56,22 +56,12 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         work = accumulation_dtype(hidden.dtype)
         losses = torch.empty_like(labels, dtype=work)
-        dhidden = torch.empty_like(hidden) if with_gradients else None
-        dweight = torch.zeros_like(weight, dtype=work) if with_gradients else None
+        gradients = (torch.empty_like(hidden), torch.zeros_like(weight, dtype=work)) if with_gradients else None
         for begin in range(0, len(labels), chunk_tokens):
             chunk = slice(begin, begin + chunk_tokens)
-            ignored = labels[chunk] == IGNORED
-            # Chosen, not multiplied by a mask: what a token without a label holds may be inf or NaN.
-            rows = torch.where(ignored[:, None], hidden.new_zeros(()), hidden[chunk])
-            columns = torch.where(ignored, -1, labels[chunk] - group.rank() * len(weight))
-            logits = rows @ weight.T
-            lse, target = _over_ranks(*_row_statistics(logits, columns), group)
-            losses[chunk] = torch.where(ignored, 0, lse - target)
-            if dhidden is not None and dweight is not None:
-                dlogits = _logits_gradient(logits, torch.where(ignored, torch.inf, lse), columns)
-                torch.mm(dlogits, weight, out=dhidden[chunk])
-                _add_product(dweight, dlogits.T, rows)
-        ctx.gradients = dhidden, dweight
+            into = (gradients[0][chunk], gradients[1]) if gradients else None
+            losses[chunk] = _chunk_losses(hidden[chunk], weight, labels[chunk], group, into)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(losses)
         return losses.sum(dtype=torch.float64), losses
 
@@ -82,6 +72,24 @@ class _ChunkedLoss(torch.autograd.Function):
         (dhidden, dweight), ctx.gradients = ctx.gradients, None
         factor = factor.to(dweight.dtype)
         return _scaled(dhidden, factor, dhidden.dtype), _scaled(dweight, factor, dhidden.dtype), None, None, None, None
+
+
+def _chunk_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, group: dist.ProcessGroup, gradients: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Losses of some tokens; of their sum's gradients that of `hidden` is written, that of `weight` is added."""
+    ignored = labels == IGNORED
+    # Chosen, not multiplied by a mask: what a token without a label holds may be inf or NaN.
+    rows = torch.where(ignored[:, None], hidden.new_zeros(()), hidden)
+    columns = torch.where(ignored, -1, labels - group.rank() * len(weight))
+    logits = rows @ weight.T
+    lse, target = _over_ranks(*_row_statistics(logits, columns), group)
+    if gradients is not None:
+        dhidden, dweight = gradients
+        _logits_to_gradient(logits, torch.where(ignored, torch.inf, lse), columns)
+        torch.mm(logits, weight, out=dhidden)
+        _add_product(dweight, logits.T, rows)
+    return torch.where(ignored, 0, lse - target)
 
 
 @compiled
@@ -107,11 +115,11 @@ def _over_ranks(maximum: Tensor, total: Tensor, target: Tensor, group: dist.Proc
 
 
 @compiled
-def _logits_gradient(logits: Tensor, lse: Tensor, columns: Tensor) -> Tensor:
-    """softmax - 1 at the row's column, in the dtype of the logits; 0 in a row whose lse is inf and column is -1."""
+def _logits_to_gradient(logits: Tensor, lse: Tensor, columns: Tensor) -> None:
+    """In place: softmax - 1 at the row's column; 0 in a row whose lse is inf and column is -1."""
     probability = (logits.to(lse.dtype) - lse[:, None]).exp()
     hit = torch.arange(logits.shape[1], device=logits.device) == columns[:, None]
-    return (probability - hit.to(lse.dtype)).to(logits.dtype)
+    logits.copy_(probability - hit.to(lse.dtype))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
