@@ -10,18 +10,22 @@ from torch import Tensor, nn
 from farspan.models.config import ModelConfig
 from farspan.models.layers import RMSNorm, Sharding, column_linear, row_linear
 from farspan.models.rotary import Rotation
-from farspan.parallel.execute import attention
+from farspan.parallel.execute import LayerMemory, attention
 from farspan.parallel.prepare import PreparedPlan
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """What all layers of one batch share: the prepared plan, who carries it out, and the rotary angles."""
+    """What all layers of one batch share: the prepared plan, who carries it out, and the rotary angles.
+
+    `memory` alone is one layer's own: where attention's results are kept when that layer is computed again.
+    """
 
     plan: PreparedPlan
     group: dist.ProcessGroup | None
     rotation: Rotation
     backend: str = "auto"
+    memory: LayerMemory | None = None
 
 
 class SelfAttention(nn.Module):
@@ -49,5 +53,5 @@ class SelfAttention(nn.Module):
 
         q, k, v = heads(self.query(x)[0]), heads(self.key(x)[0]), heads(self.value(x)[0])
         q, k = context.rotation(self.query_norm(q)), context.rotation(self.key_norm(k))
-        out, _ = attention(q, k, v, context.plan, context.group, backend=context.backend)
+        out, _ = attention(q, k, v, context.plan, context.group, backend=context.backend, memory=context.memory)
         return self.out(out.flatten(2).flatten(0, 1))[0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+RecomputeMode = Literal["none", "full", "selective"]
 
 
 class ModelConfig(BaseModel):

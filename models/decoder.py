@@ -13,6 +13,7 @@ from farspan.models.attention import AttentionContext, SelfAttention
 from farspan.models.config import ModelConfig
 from farspan.models.layers import FeedForward, RMSNorm, Sharding, column_linear
 from farspan.models.loss import VocabularyLoss
+from farspan.models.recompute import Recomputation
 from farspan.models.rotary import inverse_frequencies, rotation
 from farspan.parallel.prepare import PreparedPlan
 
@@ -62,13 +63,20 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, sharding: Sharding, *, loss_chunk_tokens: int = 2048, backend: str = "auto"
+        self,
+        config: ModelConfig,
+        sharding: Sharding,
+        *,
+        loss_chunk_tokens: int = 2048,
+        backend: str = "auto",
+        recomputation: Recomputation | None = None,
     ) -> None:
         super().__init__()
         if config.vocabulary_size is None:
             raise ValueError("a decoder needs model.vocabulary_size")
         config.check_tensor_degree(sharding.tensor)
         self.config, self.sharding, self.backend = config, sharding, backend
+        self.run_layers = recomputation or Recomputation()
         self.embedding = VocabParallelEmbedding(
             config.vocabulary_size,
             config.hidden_size,
@@ -84,16 +92,18 @@ class Decoder(nn.Module):
         self.loss = VocabularyLoss(loss_chunk_tokens, sharding)
         self.frequencies = inverse_frequencies(config.head_dim, config.rotary_theta)
 
-    def forward(self, batch: DecoderInput) -> Tensor:
-        """Cross-entropy of every slot, fp32 `[B, slots]`, 0 where there is no label."""
+    def forward(self, batch: DecoderInput) -> tuple[Tensor, Tensor]:
+        """The sum of all slots' cross-entropy, fp64, which has the gradient, and that of each slot.
+
+        The latter is fp32 `[B, slots]`, 0 where there is no label, and has no gradient.
+        """
         context = AttentionContext(
             batch.plan, batch.group, rotation(batch.rotary_positions, self.frequencies), self.backend
         )
         x = self.embedding(batch.tokens.flatten())
         if self.sharding.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x)
-        for layer in self.layers:
-            x = layer(x, context)
+        x = self.run_layers(self.layers, x, context)
         weight = self.embedding.weight if self.config.tied_embeddings else self.projection.weight
-        losses: Tensor = self.loss(self.norm(x), weight, batch.labels.flatten())
-        return losses.view_as(batch.labels)
+        total, losses = self.loss(self.norm(x), weight, batch.labels.flatten())
+        return total, losses.view_as(batch.labels)

@@ -15,6 +15,8 @@ from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from farspan.models.compiled import compiled
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -45,8 +47,22 @@ class Sharding:
         return draw
 
 
+@compiled
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`x / rms(x) * weight` of each row of `[rows, size]`; in fp32, then in x's dtype (arXiv:1910.07467)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return wide.to(x.dtype) * weight
+
+
+@compiled
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`."""
+    return nn.functional.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last dim, computed in fp32 (arXiv:1910.07467).
+    """`rms_norm` over the last dim.
 
     With `partial` each tensor rank sees only a part of what the weight acts on (its own heads, or its own tokens), so
     the weight's gradient is summed over the tensor group; otherwise the copies of the weight would drift apart.
@@ -59,9 +75,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.partial else self.weight
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return wide.to(x.dtype) * weight
+        return rms_norm(x.flatten(0, -2), weight, self.epsilon).view_as(x)
 
 
 def column_linear(
@@ -102,4 +116,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x)[0], self.up(x)[0]
-        return self.down(nn.functional.silu(gate) * up)[0]
+        return self.down(silu_product(gate, up))[0]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.models.compiled import compiled
+
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
@@ -16,10 +18,16 @@ class Rotation:
     sine: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotates `[B, S, H, D]` in fp32; returns x's dtype."""
-        first, second = x.float().chunk(2, -1)
-        rotated = (first * self.cosine - second * self.sine, second * self.cosine + first * self.sine)
-        return torch.cat(rotated, -1).to(x.dtype)
+        """Rotates `[B, S, H, D]`."""
+        return rotate(x.flatten(0, 1), self.cosine.flatten(0, 1), self.sine.flatten(0, 1)).view_as(x)
+
+
+@compiled
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotates `[tokens, H, D]` in fp32 by `[tokens, 1, D / 2]`; returns x's dtype."""
+    first, second = x.float().chunk(2, -1)
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat(rotated, -1).to(x.dtype)
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:

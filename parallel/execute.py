@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,14 @@ from farspan.parallel.prepare import PreparedPiece, PreparedPlan, PreparedStage,
 from farspan.parallel.wire import Wire
 
 
+class LayerMemory(Protocol):
+    """Tensors, by name, kept from a layer's forward pass until it is computed again; what is taken is held no more."""
+
+    def put(self, name: str, tensors: tuple[Tensor, ...]) -> None: ...
+
+    def take(self, name: str) -> tuple[Tensor, ...] | None: ...
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -23,6 +31,7 @@ def attention(
     *,
     scale: float | None = None,
     backend: str = "auto",
+    memory: LayerMemory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a packed row that the ranks of `group` share, differentiable in q, k and v.
 
@@ -30,11 +39,13 @@ def attention(
         q, k, v: this rank's slots, `[B, slots, H or Hkv, D]`; padding slots may hold anything.
         prepared: `prepare(plan, ...)` for this rank and batch.
         group: the context group; None when the plan is for one rank.
+        memory: where the results are put, and taken from when the same call is made again to recompute its layer:
+            then nothing is sent and no kernel runs.
 
     Returns:
         out `[B, slots, H, D]` in q's dtype and lse `[B, H, slots]`, which carries no gradient.
     """
-    return _PlannedAttention.apply(q, k, v, _Call(prepared, group, scale, backend))
+    return _PlannedAttention.apply(q, k, v, _Call(prepared, group, scale, backend, memory))
 
 
 class _Call(NamedTuple):
@@ -42,23 +53,34 @@ class _Call(NamedTuple):
     group: dist.ProcessGroup | None
     scale: float | None
     backend: str
+    memory: LayerMemory | None
+
+    def kept_blocks(self) -> list[int]:
+        """Keys and values of others that the plan keeps here for the backward pass."""
+        return sorted(block for holder, block in self.prepared.plan.kept if holder == self.prepared.rank)
 
 
 class _PlannedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        run = _Forward(call, q, k, v)
-        run()
-        out = run.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, run.lse)
-        ctx.call, ctx.kept = call, run.kept
-        ctx.mark_non_differentiable(run.lse)
-        return out, run.lse
+        results = call.memory.take("attention") if call.memory is not None else None
+        if results is None:
+            run = _Forward(call, q, k, v)
+            run()
+            results = (run.out.to(q.dtype), run.lse, *run.kept())
+            if call.memory is not None:
+                # Detached: what is returned below refers to the graph, and the graph to the memory.
+                call.memory.put("attention", tuple(x.detach() for x in results))
+        out, lse, *kept = results
+        ctx.save_for_backward(q, k, v, out, lse, *kept)
+        ctx.call = call
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        run = _Backward(ctx.call, ctx.kept, (q, dout, lse, row_delta(dout, out)), (k, v))
+        q, k, v, out, lse, *kept = ctx.saved_tensors
+        run = _Backward(ctx.call, kept, (q, dout, lse, row_delta(dout, out)), (k, v))
         run()
         return run.dq.to(q.dtype), run.dk.to(k.dtype), run.dv.to(v.dtype), None
 
@@ -145,10 +167,9 @@ class _Forward(_Run):
         self.lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=work)
         super().__init__(call, {"q": (q,), "kv": (k, v)}, {"q": (self.out, self.lse)}, {})
 
-    @property
-    def kept(self) -> dict[int, tuple[Tensor, ...]]:
-        """Operands that the plan keeps for the backward pass; all others are gone by now."""
-        return self.foreign
+    def kept(self) -> list[Tensor]:
+        """Keys and values of `kept_blocks`, one after another; all other operands of others are gone by now."""
+        return [x for block in sorted(self.foreign) for x in self.foreign[block]]
 
     def compute(self, piece: PreparedPiece) -> None:
         (q,), (k, v) = self.gather(piece.q), self.gather(piece.kv)
@@ -176,14 +197,17 @@ class _Backward(_Run):
     def __init__(
         self,
         call: _Call,
-        kept: dict[int, tuple[Tensor, ...]],
+        kept: list[Tensor],
         rows: tuple[Tensor, ...],
         keys: tuple[Tensor, ...],
     ) -> None:
         work = accumulation_dtype(rows[0].dtype)
         self.stages = call.prepared.backward
         self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=work) for x in (rows[0], *keys))
-        super().__init__(call, {"q": rows, "kv": keys}, {"q": (self.dq,), "kv": (self.dk, self.dv)}, kept)
+        arrived: dict[int, tuple[Tensor, ...]] = {}
+        for block, k, v in zip(call.kept_blocks(), kept[::2], kept[1::2], strict=True):
+            arrived[block] = (k, v)
+        super().__init__(call, {"q": rows, "kv": keys}, {"q": (self.dq,), "kv": (self.dk, self.dv)}, arrived)
 
     def compute(self, piece: PreparedPiece) -> None:
         (q, dout, lse, delta), (k, v) = self.gather(piece.q), self.gather(piece.kv)

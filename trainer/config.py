@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from farspan.kernels import BACKENDS
-from farspan.models.config import ModelConfig
+from farspan.models.config import ModelConfig, RecomputeMode
 from farspan.parallel.orders import ORDERS
 from farspan.parallel.plans import PLANS
 
@@ -108,6 +108,14 @@ class AttentionSection(_Section):
     """Whether tokens see earlier documents of their row; if not, rotary positions restart at each document."""
 
 
+class MemorySection(_Section):
+    recompute: RecomputeMode = "selective"
+    """What the backward pass computes again: `none`, or whole layers from their input (`full`), or all of a layer but
+    attention, whose results are kept as the layer's input is (`selective`). Gradients are the same in every bit."""
+    offload: bool = False
+    """Move what is kept to pinned host memory and back, beside the computation; needs CUDA and recomputation."""
+
+
 class OptimizerSection(_Section):
     learning_rate: float = Field(3e-4, gt=0)
     """Highest learning rate of the schedule."""
@@ -153,6 +161,7 @@ class RunConfig(_Section):
     train: TrainSection
     parallel: ParallelSection = ParallelSection()  # type: ignore[call-arg]
     attention: AttentionSection = AttentionSection()
+    memory: MemorySection = MemorySection()
     optimizer: OptimizerSection = OptimizerSection()  # type: ignore[call-arg]
     eval: EvalSection = EvalSection()  # type: ignore[call-arg]
     checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
@@ -182,6 +191,11 @@ class RunConfig(_Section):
             )
         if self.parallel.sequence_parallel and self.parallel.tensor == 1:
             raise ValueError("parallel.sequence_parallel divides tokens over tensor ranks, but parallel.tensor is 1")
+        if self.memory.offload and self.memory.recompute == "none":
+            raise ValueError(
+                "memory.offload moves what recomputation starts from, but memory.recompute is none; "
+                "set memory.recompute to selective or full"
+            )
         self.model.check_tensor_degree(self.parallel.tensor)
         return self
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from farspan.models.decoder import Decoder
+from farspan.models.decoder import Decoder, DecoderInput
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.config import OptimizerSection, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
@@ -73,9 +73,10 @@ class Engine:
                 dist_init_required=False,
             )
 
-    def forward(self, batch: Any) -> Tensor:
-        losses: Tensor = self._engine(batch)
-        return losses
+    def forward(self, batch: DecoderInput) -> Tensor:
+        """The sum of this rank's token losses, fp64."""
+        total, _ = self._engine(batch)
+        return total
 
     def backward(self, objective: Tensor, last: bool) -> None:
         """Adds the gradients of one micro-batch; `last` says that the optimizer steps after it."""

@@ -28,12 +28,12 @@ class LossLaw:
         dist.all_reduce(count, group=group)
         return cls(int(count), group, device)
 
-    def objective(self, token_losses: Tensor) -> Tensor:
-        """What this micro-batch adds to the loss.
+    def objective(self, local_sum: Tensor) -> Tensor:
+        """What this micro-batch adds to the loss, from the sum of its token losses.
 
         DeepSpeed averages gradients over the group; times the size of the group, the average is the sum that is meant.
         """
-        return token_losses.sum() / self.valid_tokens * self.group.size()
+        return local_sum / self.valid_tokens * self.group.size()
 
     def mean(self, local_sum: Tensor) -> float:
         """Collective: the loss of the step, from each rank's sum of token losses."""

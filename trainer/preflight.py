@@ -53,6 +53,8 @@ def check(config: RunConfig, processes: int) -> Preflight:
         raise ConfigError(
             "parallel.sequence_parallel needs CUDA (Megatron's own operators do); set it to false on a CPU"
         )
+    elif config.memory.offload:
+        raise ConfigError("memory.offload moves tensors from a GPU to its host, and there is no GPU; set it to false")
     engine_config(config, degrees)
     return Preflight(degrees, model, prepared)
 

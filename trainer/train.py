@@ -14,6 +14,8 @@ import torch.distributed as dist
 from farspan.models.config import ModelConfig
 from farspan.models.decoder import Decoder
 from farspan.models.layers import Sharding
+from farspan.models.offload import HostMemory
+from farspan.models.recompute import Recomputation
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.callbacks.evaluation import Evaluation
 from farspan.trainer.callbacks.recording import Recording
@@ -88,11 +90,14 @@ def train_on(
 
 def build_model(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Decoder:
     """The decoder with its initial weights; `model` is the configuration's, with its vocabulary known."""
+    memory = config.memory
+    keep = HostMemory(mesh.device).layer if memory.offload else None
     return Decoder(
         model,
         Sharding(mesh.degrees.tensor, config.parallel.sequence_parallel, config.run.seed),
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         backend=config.attention.backend,
+        recomputation=Recomputation(memory.recompute, keep) if keep else Recomputation(memory.recompute),
     )
 
 

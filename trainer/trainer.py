@@ -78,7 +78,7 @@ class Trainer:
         with torch.no_grad():
             total = self._no_loss()
             for batch in batches:
-                total += self.engine.forward(self.feed.decoder_input(batch)).double().sum()
+                total += self.engine.forward(self.feed.decoder_input(batch))
         self.engine.training(True)
         return law.mean(total)
 
@@ -90,9 +90,9 @@ class Trainer:
         self.step += 1
         total = self._no_loss()
         for number, batch in enumerate(batches, start=1):
-            losses = self.engine.forward(self.feed.decoder_input(batch))
-            self.engine.backward(law.objective(losses), last=number == len(batches))
-            total += losses.detach().double().sum()
+            local_sum = self.engine.forward(self.feed.decoder_input(batch))
+            self.engine.backward(law.objective(local_sum), last=number == len(batches))
+            total += local_sum.detach()
         rate = learning_rate(self.config.optimizer, self.step, train.steps)
         loss, norm = law.mean(total), self.engine.step(rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -98,6 +98,8 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
         (["parallel.zero_stage=0"], "train.dtype bf16 needs parallel.zero_stage 1 or more"),
         (["parallel.zero_stage=4"], "parallel.zero_stage is 4: input should be less than or equal to 3"),
         (["parallel.sequence_parallel=true"], "parallel.sequence_parallel divides tokens over tensor ranks"),
+        (["memory.recompute=none", "memory.offload=true"], "memory.offload moves what recomputation starts from"),
+        (["memory.recompute=some"], "memory.recompute is 'some': input should be 'none', 'full' or 'selective'"),
         (["parallel.tensor=4"], "model.heads 6 is not a multiple of parallel.tensor 4"),
         (["model.preset=tinny"], "there is no model.preset 'tinny'; did you mean 'tiny'?"),
         (["model.kv_heads=4"], "model.heads 6 must be a multiple of model.kv_heads 4"),

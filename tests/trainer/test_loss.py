@@ -45,7 +45,7 @@ def one_step(rank: int, world: int) -> tuple[int, float, float, Tensor]:
     total, objectives = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for number in range(2):
         losses = token_losses(weight, *micro_batch(rank, number))
-        objective = law.objective(losses)
+        objective = law.objective(losses.sum())
         objective.backward()
         objectives += objective.detach()
         total += losses.detach().sum()

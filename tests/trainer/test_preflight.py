@@ -111,6 +111,12 @@ def test_sequence_parallelism_without_cuda(config_file: Path) -> None:
     assert message.startswith("parallel.sequence_parallel needs CUDA")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has a host to move to")
+def test_offloading_without_cuda(config_file: Path) -> None:
+    message = refusal(config_file, 1, "memory.offload=true")
+    assert message == "memory.offload moves tensors from a GPU to its host, and there is no GPU; set it to false"
+
+
 def test_tokens_that_sequence_parallelism_cannot_divide(config_file: Path) -> None:
     overrides = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.context=1"]
     rows = ["train.sequence_length=63", "train.tokens_per_step=63", "parallel.order=contiguous"]
