@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -83,15 +84,14 @@ def _runs(bounds: list[np.ndarray]) -> list[tuple[int, int]]:
     # A run ends where a step is of another kind than the one before it; a step that fits nothing stands alone.
     kind = np.where(same, step, -1)
     breaks = np.flatnonzero(np.diff(kind, prepend=-2))
-    for position, at in enumerate(breaks):
-        stop = breaks[position + 1] if position + 1 < len(breaks) else rows - 1
+    for at, stop in pairwise([*breaks.tolist(), rows - 1]):
         if kind[at] < 0:
             continue
         # Steps at .. stop - 1 join the rows at .. stop; the first of them may belong to the run before.
-        at = max(first, int(at))
-        runs += [(row, row + 1) for row in range(first, at)]
-        runs.append((at, int(stop) + 1))
-        first = int(stop) + 1
+        top = max(first, at)
+        runs += [(row, row + 1) for row in range(first, top)]
+        runs.append((top, stop + 1))
+        first = stop + 1
     return runs + [(row, row + 1) for row in range(first, rows)]
 
 

@@ -85,8 +85,32 @@ def attend_backward(
     out_dtype: torch.dtype,
     accumulate: Accumulated,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if hopper.takes(q, v):
+        return _on_hopper(dout, q, k, v, lse, delta, mask, scale, out_dtype, accumulate)
     common = (dout, q, k, v, lse, delta, mask, scale, out_dtype)
     return gradient_of_queries(*common, accumulate[0]), *gradients_of_keys(*common, accumulate[1], accumulate[2])
+
+
+def _on_hopper(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    out_dtype: torch.dtype,
+    accumulate: Accumulated,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = TileMap.of(mask, k.shape[1])
+    dq, dk, dv = (_gradient(x, out_dtype, total) for x, total in zip((q, k, v), accumulate, strict=True))
+    dout, q, k, v = (_inner_contiguous(x) for x in (dout, q, k, v))
+    packed = hopper.statistics(_last_contiguous(lse), _last_contiguous(delta))
+    hopper.gradient_of_queries(dout, q, k, v, packed, tiles, scale, dq, accumulate[0] is not None)
+    adds = accumulate[1] is not None, accumulate[2] is not None
+    hopper.gradients_of_keys(dout, q, k, v, packed, tiles, scale, dk, dv, adds)
+    return dq, dk, dv
 
 
 def gradient_of_queries(

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from farspan.kernels.triton.hopper.common import load_next, make_barriers, matrix, row_limits, visible
 from farspan.kernels.triton.hopper.schedule import key_tile, key_tiles, rounds, row_tile, task
 
 _LN_2 = gl.constexpr(math.log(2.0))
@@ -75,24 +76,10 @@ def forward_kernel(
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-        mbarrier.init(turns.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
-
     buffers = (q_smem, k_smem, v_smem)
+    q_full, q_empty, turns = make_barriers(CONSUMERS, 1), make_barriers(CONSUMERS, 1), make_barriers(CONSUMERS, 1)
+    k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
+    v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     shape = (rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride)
     lists = (full_start, full_tiles, partial_start, partial_tiles, longest_first)
@@ -152,24 +139,16 @@ def _producer(
                     mbarrier.expect(q_full.index(who), q_desc.block_type.nbytes)
                     box = [batch, (tile * CONSUMERS + who) * ROWS, head, 0]
                     tma.async_copy_global_to_shared(q_desc, box, q_full.index(who), q_smem.index(who))
-            _load(k_desc, k_smem, k_full, k_empty, k_count, batch, first_key, head // group, STAGES)
+            load_next(k_desc, k_smem, k_full, k_empty, k_count, batch, first_key, head // group, STAGES)
             k_count += 1
             # Values are wanted one step later than keys.
             if step > 0:
-                _load(v_desc, v_smem, v_full, v_empty, v_count, batch, first_value, head // group, STAGES)
+                load_next(v_desc, v_smem, v_full, v_empty, v_count, batch, first_value, head // group, STAGES)
                 v_count += 1
             first_value = first_key
-        _load(v_desc, v_smem, v_full, v_empty, v_count, batch, first_value, head // group, STAGES)
+        load_next(v_desc, v_smem, v_full, v_empty, v_count, batch, first_value, head // group, STAGES)
         v_count += 1
         q_phase ^= 1
-
-
-@gluon.jit
-def _load(desc, smem, full, empty, count, batch, row, head, STAGES: gl.constexpr):
-    slot = count % STAGES
-    mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [batch, row, head, 0], full.index(slot), smem.index(slot))
 
 
 @gluon.jit
@@ -205,20 +184,10 @@ def _consumer(
         found = key_tiles(batch, tile, shape, lists, LISTS, CONSUMERS * ROWS, BLOCK_N)
         first_row = (tile * CONSUMERS + who) * ROWS
         row = first_row + gl.arange(0, ROWS, row_layout)
-        if LISTS:
-            begin, end, anchor_begin, anchor_end = bounds
-            at = batch * mask_stride * rows + row
-            limits = (
-                gl.load(begin + at, mask=row < rows, other=0),
-                gl.load(end + at, mask=row < rows, other=0),
-                gl.load(anchor_begin + at, mask=row < rows, other=0),
-                gl.load(anchor_end + at, mask=row < rows, other=0),
-            )
-        else:
-            limits = (gl.minimum(row + 1 + offset, keys),)
+        limits = row_limits(row, rows, keys, offset, bounds, batch * mask_stride * rows, LISTS)
 
         # The first tile is always tested: that is right for a full one too, and saves a case.
-        q = _matrix(q_smem.index(who))
+        q = matrix(q_smem.index(who))
         mbarrier.wait(q_full.index(who), q_phase)
         first_key = key_tile(0, found, shape, lists, LISTS, BLOCK_N) * BLOCK_N
         mbarrier.wait(k_full.index(count % STAGES), count // STAGES & 1)
@@ -305,15 +274,9 @@ def _steps(
 
 
 @gluon.jit
-def _matrix(tile):
-    """`[1, rows, 1, D]`, the box that TMA copies, as a matrix."""
-    return tile.reshape([tile.shape[1], tile.shape[3]])
-
-
-@gluon.jit
 def _issue_scores(q, k_smem, count, layout: gl.constexpr, STAGES: gl.constexpr):
     """Starts Q K^T of the key tile that is number `count` in the ring."""
-    k = _matrix(k_smem.index(count % STAGES))
+    k = matrix(k_smem.index(count % STAGES))
     zero = gl.full([q.shape[0], k.shape[0]], 0.0, gl.float32, layout)
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 
@@ -324,20 +287,14 @@ def _issue_output(weights, shrink, out, v_smem, count, STAGES: gl.constexpr):
     out_layout: gl.constexpr = out.type.layout
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
     p = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, out_layout, 2))
-    return warpgroup_mma(p, _matrix(v_smem.index(count % STAGES)), out, is_async=True)
+    return warpgroup_mma(p, matrix(v_smem.index(count % STAGES)), out, is_async=True)
 
 
 @gluon.jit
 def _hide(scores, first_key, limits, LISTS: gl.constexpr):
     """-inf where a row does not see a key."""
-    x = first_key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))[None, :]
-    if LISTS:
-        begin, end, anchor_begin, anchor_end = limits
-        main = (x >= begin[:, None]) & (x < end[:, None])
-        seen = main | ((x >= anchor_begin[:, None]) & (x < anchor_end[:, None]))
-    else:
-        seen = x < limits[0][:, None]
-    return gl.where(seen, scores, float("-inf"))
+    key = first_key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    return gl.where(visible(key, limits, 0, LISTS), scores, float("-inf"))
 
 
 @gluon.jit

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from farspan.kernels.tiles import TILE, TileMap
+from farspan.kernels.tiles import TILE, TileLists, TileMap
+from farspan.kernels.triton.hopper.dkdv import dkdv_kernel
+from farspan.kernels.triton.hopper.dq import dq_kernel
 from farspan.kernels.triton.hopper.forward import forward_kernel
+from farspan.kernels.triton.hopper.statistics import statistics_kernel
 
 # Keys and values that heads in flight may share of the L2 cache: half of it on an H200.
 _L2_BYTES = 24 << 20
@@ -67,10 +71,6 @@ def forward(
     if lists is None:
         # Programs that stay walk over row tiles; lists are of any length, there the hardware balances better.
         programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    mask_arguments: tuple[Any, ...] = (None,) * 9
-    if lists is not None:
-        starts = (lists.full_start, lists.full_tiles, lists.partial_start, lists.partial_tiles, lists.longest_first)
-        mask_arguments = (*tiles.mask.bounds, *starts)
     forward_kernel[(programs,)](
         _descriptor(q, shape.rows),
         _descriptor(k, shape.keys),
@@ -79,8 +79,7 @@ def forward(
         *out.stride()[:3],
         lse,
         *lse.stride()[:2],
-        *mask_arguments,
-        mask_stride=int(tiles.mask.batch > 1),
+        *_mask_arguments(tiles, lists),
         rows=rows,
         keys=keys,
         offset=0 if tiles.offset is None else tiles.offset,
@@ -101,6 +100,109 @@ def forward(
     )
 
 
+def statistics(lse: Tensor, delta: Tensor) -> Tensor:
+    """lse to base 2 and delta, padded to whole tiles: `[2, B, H, padded S]`, for both backward kernels."""
+    batch, heads, rows = lse.shape
+    padded = -(-rows // TILE) * TILE
+    packed = lse.new_empty(2, batch, heads, padded)
+    statistics_kernel[(triton.cdiv(padded, 1024), heads, batch)](
+        lse, *lse.stride()[:2], delta, *delta.stride()[:2], packed[0], packed[1], rows, padded, BLOCK=1024
+    )
+    return packed
+
+
+def gradient_of_queries(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Tensor,
+    tiles: TileMap,
+    scale: float,
+    dq: Tensor,
+    accumulate: bool,
+) -> None:
+    """Writes dq, or adds to it; `packed` is from `statistics`."""
+    batch, rows, heads, dim = q.shape
+    lists = tiles.by_row if tiles.offset is None else None
+    block_n, stages = (128, 2 if dim == 128 else 3)
+    dq_kernel[(-(-rows // TILE), heads, batch)](
+        _descriptor(q, 64),
+        _descriptor(k, block_n),
+        _descriptor(v, block_n),
+        _descriptor(dout, 64),
+        packed[0],
+        packed[1],
+        dq,
+        *dq.stride()[:3],
+        *_mask_arguments(tiles, lists),
+        rows=rows,
+        keys=k.shape[1],
+        padded_rows=packed.shape[-1],
+        heads=heads,
+        group=heads // k.shape[2],
+        offset=0 if tiles.offset is None else tiles.offset,
+        scale=scale,
+        scale_log2=scale * math.log2(math.e),
+        LISTS=lists is not None,
+        ACCUMULATE=accumulate,
+        STAGES=stages,
+        num_warps=4,
+    )
+
+
+def gradients_of_keys(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Tensor,
+    tiles: TileMap,
+    scale: float,
+    dk: Tensor,
+    dv: Tensor,
+    accumulate: tuple[bool, bool],
+) -> None:
+    """Writes dk and dv, or adds to them; `packed` is from `statistics`."""
+    batch, rows, heads, dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    lists = tiles.by_key if tiles.offset is None else None
+    block_m, stages = (128, 3) if dim == 64 and lists is None else (64, 4)
+    dkdv_kernel[(-(-keys // TILE), kv_heads, batch)](
+        _descriptor(q, block_m),
+        _descriptor(k, 64),
+        _descriptor(v, 64),
+        _descriptor(dout, block_m),
+        _flat_descriptor(packed[0], block_m),
+        _flat_descriptor(packed[1], block_m),
+        dk,
+        *dk.stride()[:3],
+        dv,
+        *dv.stride()[:3],
+        *_mask_arguments(tiles, lists),
+        rows=rows,
+        keys=keys,
+        padded_rows=packed.shape[-1],
+        heads=heads,
+        offset=0 if tiles.offset is None else tiles.offset,
+        scale=scale,
+        scale_log2=scale * math.log2(math.e),
+        GROUP=heads // kv_heads,
+        LISTS=lists is not None,
+        ACCUMULATE_DK=accumulate[0],
+        ACCUMULATE_DV=accumulate[1],
+        STAGES=stages,
+        num_warps=4,
+    )
+
+
+def _mask_arguments(tiles: TileMap, lists: TileLists | None) -> tuple[Any, ...]:
+    if lists is None:
+        return (None,) * 9 + (0,)
+    starts = (lists.full_start, lists.full_tiles, lists.partial_start, lists.partial_tiles, lists.longest_first)
+    return (*tiles.mask.bounds, *starts, int(tiles.mask.batch > 1))
+
+
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """Boxes of `rows` tokens of one head of `[B, S, H, D]`; past the ends they hold zeros."""
     box = [1, rows, 1, x.shape[3]]
@@ -108,3 +210,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     # The strides of dims of size 1 mean nothing, but the hardware checks them.
     strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape[:3], x.stride()[:3])]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], box, layout)
+
+
+def _flat_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor(x, [x.numel()], [1], [rows], gl.NVMMASharedLayout(0, 32, rank=1))

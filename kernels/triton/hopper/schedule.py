@@ -1,4 +1,4 @@
-"""Which row tiles a program of the forward kernel computes, and which key tiles each meets: all its warps ask here."""
+"""Which tiles a program computes and which it walks over: all its warps ask here, so that they agree."""
 
 from __future__ import annotations
 
@@ -77,3 +77,23 @@ def key_tile(step, found, shape, lists, LISTS: gl.constexpr, BLOCK_N: gl.constex
         return gl.where(step < n_tiles, listed, gl.cdiv(shape[1], BLOCK_N))
     else:
         return gl.maximum(n_tiles - 1 - step, 0)
+
+
+@gluon.jit
+def listed_walk(lists, entry, BLOCK: gl.constexpr):
+    """Of a list entry: how many blocks are tested, which come first, and how many there are; a tile is 128 / BLOCK."""
+    full_start, full_tiles, partial_start, partial_tiles = lists
+    tested = (gl.load(partial_start + entry + 1) - gl.load(partial_start + entry)) * (128 // BLOCK)
+    full = (gl.load(full_start + entry + 1) - gl.load(full_start + entry)) * (128 // BLOCK)
+    return tested, tested + full
+
+
+@gluon.jit
+def listed_tile(lists, entry, i, tested, BLOCK: gl.constexpr):
+    """Number of the i-th block of a walk over lists."""
+    full_start, full_tiles, partial_start, partial_tiles = lists
+    if i < tested:
+        tile = gl.load(partial_tiles + gl.load(partial_start + entry) + i // (128 // BLOCK))
+    else:
+        tile = gl.load(full_tiles + gl.load(full_start + entry) + (i - tested) // (128 // BLOCK))
+    return tile * (128 // BLOCK) + i % (128 // BLOCK)
