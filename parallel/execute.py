@@ -80,7 +80,7 @@ class _PlannedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *kept = ctx.saved_tensors
-        run = _Backward(ctx.call, kept, (q, dout, lse, row_delta(dout, out)), (k, v))
+        run = _Backward(ctx.call, kept, out, (q, dout, lse, row_delta(dout, out)), (k, v))
         run()
         return run.dq.to(q.dtype), run.dk.to(k.dtype), run.dv.to(v.dtype), None
 
@@ -198,11 +198,13 @@ class _Backward(_Run):
         self,
         call: _Call,
         kept: list[Tensor],
+        out: Tensor,
         rows: tuple[Tensor, ...],
         keys: tuple[Tensor, ...],
     ) -> None:
         work = accumulation_dtype(rows[0].dtype)
         self.stages = call.prepared.backward
+        self.out = out
         self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=work) for x in (rows[0], *keys))
         arrived: dict[int, tuple[Tensor, ...]] = {}
         for block, k, v in zip(call.kept_blocks(), kept[::2], kept[1::2], strict=True):
@@ -212,12 +214,14 @@ class _Backward(_Run):
     def compute(self, piece: PreparedPiece) -> None:
         (q, dout, lse, delta), (k, v) = self.gather(piece.q), self.gather(piece.kv)
         to_q, to_kv = self.accumulators(piece.q), self.accumulators(piece.kv)
+        # Rows that travel bring delta instead of out.
+        out = None if piece.q.span is None else _views((self.out,), piece.q.span)[0]
         gradients = attend_backward(
             dout,
             q,
             k,
             v,
-            None,
+            out,
             lse,
             piece.mask,
             scale=self.scale,
