@@ -45,7 +45,7 @@ def piece(name: str, order: str, length: int = 290) -> tuple[MaskCase, Tensor, T
 
 
 def relative(x: Tensor, y: Tensor) -> float:
-    return float((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-2))
+    return float((x.double() - y.double()).norm() / y.double().norm().clamp(min=1))
 
 
 def check(case: MaskCase, rows: Tensor, keys: Tensor, heads: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
