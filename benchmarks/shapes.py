@@ -1,4 +1,4 @@
-"""Times block shapes of the Triton kernels, each in full: what `farspan/kernels/triton/shapes.py` was chosen by.
+"""Times block shapes of the portable Triton kernels: what `kernels/triton/portable/shapes.py` was chosen by.
 
     python benchmarks/shapes.py --dims 128 64 --lengths 32768
 
@@ -19,8 +19,9 @@ import torch
 from triton.testing import do_bench
 
 from farspan.kernels import masks
-from farspan.kernels.triton import launch
-from farspan.kernels.triton.shapes import Shape
+from farspan.kernels.tiles import TileMap
+from farspan.kernels.triton.portable import launch
+from farspan.kernels.triton.portable.shapes import Shape
 
 FORWARD = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3)]
 DQ = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2)]
@@ -43,17 +44,15 @@ def run(
     q, dout = (torch.randn(1, length, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(1, length, kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     mask = (masks.causal if causal else masks.full)(length).to("cuda")
-    scale = dim**-0.5
-    if kernel == "forward":
-        launch.forward_shape = lambda dim, itemsize: shape
-        return lambda: launch.attend(q, k, v, mask, scale, q.dtype, None)
+    tiles, scale = TileMap.of(mask, length), dim**-0.5
     lse = torch.full((1, heads, length), math.log(length), device="cuda")
-    delta = torch.zeros_like(lse)
     setattr(launch, f"{kernel}_shape", lambda dim, itemsize: shape)
-    common = (dout, q, k, v, lse, delta, mask, scale, q.dtype)
+    if kernel == "forward":
+        return lambda: launch.forward(q, k, v, tiles, scale, dout, lse, False)
+    common = (dout, q, k, v, lse, torch.zeros_like(lse), tiles, scale)
     if kernel == "dq":
-        return lambda: launch.gradient_of_queries(*common, None)
-    return lambda: launch.gradients_of_keys(*common, None, None)
+        return lambda: launch.gradient_of_queries(*common, torch.empty_like(q), False)
+    return lambda: launch.gradients_of_keys(*common, torch.empty_like(k), torch.empty_like(v), (False, False))
 
 
 def candidates(dims: list[int]) -> Iterator[tuple[str, int, Shape]]:

@@ -9,7 +9,7 @@ from farspan.kernels.backends import REGISTRY
 from farspan.kernels.choice import parts
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype
-from farspan.kernels.triton import launch
+from farspan.kernels.triton import rows
 
 
 def attend(
@@ -119,7 +119,7 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """`rowsum(dout * out)` `[B, H, S]` in the accumulation dtype: what the softmax's gradient subtracts."""
     work = accumulation_dtype(dout.dtype)
     if dout.device.type == "cuda" and work == torch.float32:
-        return launch.row_delta(dout, out)
+        return rows.row_delta(dout, out)
     return (dout.to(work) * out.to(work)).sum(-1).transpose(1, 2)
 
 

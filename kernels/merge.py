@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farspan.kernels.triton import rows
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for bf16, fp16 and fp32; fp64 for fp64."""
@@ -27,6 +29,9 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """`merge` in place: out and lse take in a part computed over other keys."""
+    if out.is_cuda and out.dtype == torch.float32:
+        rows.merge_into(out, lse, part, part_lse)
+        return
     merged, merged_lse = merge(out, lse, part, part_lse)
     out.copy_(merged)
     lse.copy_(merged_lse)

@@ -1,1 +1,1 @@
-"""Attention kernels in Triton, for every interval mask: any device that Triton compiles for."""
+"""Attention kernels for every interval mask, in Triton: portable ones, and ones for Hopper in its dialect Gluon."""

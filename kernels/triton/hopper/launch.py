@@ -17,6 +17,7 @@ from farspan.kernels.triton.hopper.dkdv import dkdv_kernel
 from farspan.kernels.triton.hopper.dq import dq_kernel
 from farspan.kernels.triton.hopper.forward import forward_kernel
 from farspan.kernels.triton.hopper.statistics import statistics_kernel
+from farspan.kernels.triton.tensors import rows_in_steps_of_16_bytes, strided
 
 # Keys and values that heads in flight may share of the L2 cache: half of it on an H200.
 _L2_BYTES = 24 << 20
@@ -61,7 +62,8 @@ def forward_shape(dim: int, lists: bool) -> ForwardShape:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: TileMap, scale: float, out: Tensor, lse: Tensor, accumulate: bool
 ) -> None:
-    """Writes out and lse, or merges into them; shapes as in `attend`, the last dims of all tensors contiguous."""
+    """Writes out `[B, S, H, D]` and lse `[B, H, S]`, or merges into them."""
+    q, k, v = (rows_in_steps_of_16_bytes(x) for x in (q, k, v))
     batch, rows, heads, dim = q.shape
     keys, group = k.shape[1], heads // k.shape[2]
     lists = tiles.by_row if tiles.offset is None else None
@@ -75,10 +77,8 @@ def forward(
         _descriptor(q, shape.rows),
         _descriptor(k, shape.keys),
         _descriptor(v, shape.keys),
-        out,
-        *out.stride()[:3],
-        lse,
-        *lse.stride()[:2],
+        *strided(out, (0, 1, 2)),
+        *strided(lse, (0, 1)),
         *_mask_arguments(tiles, lists),
         rows=rows,
         keys=keys,
@@ -100,29 +100,48 @@ def forward(
     )
 
 
-def statistics(lse: Tensor, delta: Tensor) -> Tensor:
-    """lse to base 2 and delta, padded to whole tiles: `[2, B, H, padded S]`, for both backward kernels."""
-    batch, heads, rows = lse.shape
-    padded = -(-rows // TILE) * TILE
-    packed = lse.new_empty(2, batch, heads, padded)
-    statistics_kernel[(triton.cdiv(padded, 1024), heads, batch)](
-        lse, *lse.stride()[:2], delta, *delta.stride()[:2], packed[0], packed[1], rows, padded, BLOCK=1024
-    )
-    return packed
-
-
-def gradient_of_queries(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    packed: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    tiles: TileMap,
+    scale: float,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    accumulate: tuple[bool, bool, bool],
+) -> None:
+    """Writes dq, dk and dv, or adds to them."""
+    dout, q, k, v = (rows_in_steps_of_16_bytes(x) for x in (dout, q, k, v))
+    statistics = _statistics(lse, delta)
+    dq, dk, dv = gradients
+    _gradient_of_queries(dout, q, k, v, statistics, tiles, scale, dq, accumulate[0])
+    _gradients_of_keys(dout, q, k, v, statistics, tiles, scale, dk, dv, accumulate[1:])
+
+
+def _statistics(lse: Tensor, delta: Tensor) -> Tensor:
+    """lse to base 2 and delta, padded to whole tiles: `[2, B, H, padded S]`."""
+    batch, heads, rows = lse.shape
+    padded = -(-rows // TILE) * TILE
+    packed = lse.new_empty(2, batch, heads, padded)
+    statistics_kernel[(triton.cdiv(padded, 1024), heads, batch)](
+        *strided(lse, (0, 1)), *strided(delta, (0, 1)), packed[0], packed[1], rows, padded, BLOCK=1024
+    )
+    return packed
+
+
+def _gradient_of_queries(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    statistics: Tensor,
     tiles: TileMap,
     scale: float,
     dq: Tensor,
     accumulate: bool,
 ) -> None:
-    """Writes dq, or adds to it; `packed` is from `statistics`."""
     batch, rows, heads, dim = q.shape
     lists = tiles.by_row if tiles.offset is None else None
     block_n, stages = (128, 2 if dim == 128 else 3)
@@ -131,14 +150,13 @@ def gradient_of_queries(
         _descriptor(k, block_n),
         _descriptor(v, block_n),
         _descriptor(dout, 64),
-        packed[0],
-        packed[1],
-        dq,
-        *dq.stride()[:3],
+        statistics[0],
+        statistics[1],
+        *strided(dq, (0, 1, 2)),
         *_mask_arguments(tiles, lists),
         rows=rows,
         keys=k.shape[1],
-        padded_rows=packed.shape[-1],
+        padded_rows=statistics.shape[-1],
         heads=heads,
         group=heads // k.shape[2],
         offset=0 if tiles.offset is None else tiles.offset,
@@ -151,19 +169,18 @@ def gradient_of_queries(
     )
 
 
-def gradients_of_keys(
+def _gradients_of_keys(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    packed: Tensor,
+    statistics: Tensor,
     tiles: TileMap,
     scale: float,
     dk: Tensor,
     dv: Tensor,
     accumulate: tuple[bool, bool],
 ) -> None:
-    """Writes dk and dv, or adds to them; `packed` is from `statistics`."""
     batch, rows, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     lists = tiles.by_key if tiles.offset is None else None
@@ -173,16 +190,14 @@ def gradients_of_keys(
         _descriptor(k, 64),
         _descriptor(v, 64),
         _descriptor(dout, block_m),
-        _flat_descriptor(packed[0], block_m),
-        _flat_descriptor(packed[1], block_m),
-        dk,
-        *dk.stride()[:3],
-        dv,
-        *dv.stride()[:3],
+        _flat_descriptor(statistics[0], block_m),
+        _flat_descriptor(statistics[1], block_m),
+        *strided(dk, (0, 1, 2)),
+        *strided(dv, (0, 1, 2)),
         *_mask_arguments(tiles, lists),
         rows=rows,
         keys=keys,
-        padded_rows=packed.shape[-1],
+        padded_rows=statistics.shape[-1],
         heads=heads,
         offset=0 if tiles.offset is None else tiles.offset,
         scale=scale,

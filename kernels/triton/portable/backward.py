@@ -10,39 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton.walk import block_of, row_bounds, visible
+from farspan.kernels.triton.portable.walk import block_of, row_bounds, visible
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def delta_kernel(
-    dout,  # [B, S, H, D]
-    dout_stride_b,
-    dout_stride_s,
-    dout_stride_h,
-    out,
-    out_stride_b,
-    out_stride_s,
-    out_stride_h,
-    delta,  # [B, H, S], contiguous
-    rows,
-    DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """delta = rowsum(dout x out), what the softmax's gradient subtracts."""
-    head, batch = tl.program_id(1), tl.program_id(2)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, PADDED_DIM)[None, :]
-    inside = (row < rows)[:, None] & (column < DIM)
-    long_row = row[:, None].to(tl.int64)
-    dout_at = dout + batch.to(tl.int64) * dout_stride_b + head.to(tl.int64) * dout_stride_h
-    out_at = out + batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
-    left = tl.load(dout_at + long_row * dout_stride_s + column, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(out_at + long_row * out_stride_s + column, mask=inside, other=0.0).to(tl.float32)
-    delta_at = delta + (batch.to(tl.int64) * tl.num_programs(1) + head) * rows + row
-    tl.store(delta_at, tl.sum(left * right, 1), mask=row < rows)
 
 
 @triton.jit

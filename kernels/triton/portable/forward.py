@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton.walk import block_of, row_bounds, visible
+from farspan.kernels.triton.portable.walk import block_of, row_bounds, visible
+from farspan.kernels.triton.rows import merge_weights
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -108,13 +109,9 @@ def forward_kernel(
     lse_at = lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + row
     if ACCUMULATE:
         old_lse = tl.load(lse_at, mask=present, other=float("-inf"))
-        peak = tl.maximum(old_lse, part_lse)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        merged = peak + tl.log(tl.exp(old_lse - peak) + tl.exp(part_lse - peak))
-        safe = tl.where(merged == float("-inf"), 0.0, merged)
+        part_lse, old_weight, part_weight = merge_weights(old_lse, part_lse)
         old = tl.load(out_at, mask=inside, other=0.0)
-        part = old * tl.exp(old_lse - safe)[:, None] + part * tl.exp(part_lse - safe)[:, None]
-        part_lse = merged
+        part = old * old_weight[:, None] + part * part_weight[:, None]
     tl.store(out_at, part.to(out.dtype.element_ty), mask=inside)
     tl.store(lse_at, part_lse, mask=present)
 

@@ -1,0 +1,69 @@
+"""The Triton backend: every interval mask, by the kernels for Hopper where they take the tensors, or the portable ones."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from farspan.kernels.backends.base import Accumulated
+from farspan.kernels.masks import IntervalMask
+from farspan.kernels.tiles import TileMap
+from farspan.kernels.triton.hopper import launch as hopper
+from farspan.kernels.triton.portable import launch as portable
+from farspan.kernels.triton.tensors import last_contiguous, new_or
+
+any_mask = True
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.device.type != "cuda" and not _INTERPRETED:
+        return f"triton needs CUDA tensors, got {q.device.type}"
+    if q.dtype not in _DTYPES or (_INTERPRETED and q.dtype == torch.bfloat16):
+        return f"triton takes bf16, fp16 and fp32, got {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > 256 or q.shape[3] * q.itemsize % 16 or v.shape[3] * v.itemsize % 16:
+        return f"triton takes head dims up to 256 whose rows are multiples of 16 bytes, got {q.shape[3]}, {v.shape[3]}"
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    out_dtype: torch.dtype,
+    accumulate: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    if accumulate is None:
+        out = q.new_empty(*q.shape[:3], v.shape[3], dtype=out_dtype)
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    else:
+        out, lse = accumulate
+    kernels = hopper if hopper.takes(q, v) else portable
+    kernels.forward(q, k, v, TileMap.of(mask, k.shape[1]), scale, out, lse, accumulate is not None)
+    return out, lse
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    mask: IntervalMask,
+    scale: float,
+    out_dtype: torch.dtype,
+    accumulate: Accumulated,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (new_or(x, out_dtype, total) for x, total in zip((q, k, v), accumulate, strict=True))
+    adds = (accumulate[0] is not None, accumulate[1] is not None, accumulate[2] is not None)
+    lse, delta = last_contiguous(lse), last_contiguous(delta)
+    kernels = hopper if hopper.takes(q, v) else portable
+    kernels.backward(dout, q, k, v, lse, delta, TileMap.of(mask, k.shape[1]), scale, (dq, dk, dv), adds)
+    return dq, dk, dv
