@@ -59,6 +59,16 @@ def forward_shape(dim: int, lists: bool) -> ForwardShape:
     return ForwardShape(2, 64, TILE, 3 if dim == 64 else 2, 240, 24)
 
 
+def dq_stages(dim: int) -> int:
+    """Key tiles in flight."""
+    return 2 if dim == 128 else 3
+
+
+def dkdv_shape(dim: int, lists: bool) -> tuple[int, int]:
+    """Rows of a tile, and tiles in flight."""
+    return (128, 3) if dim == 64 and not lists else (64, 4)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: TileMap, scale: float, out: Tensor, lse: Tensor, accumulate: bool
 ) -> None:
@@ -144,11 +154,10 @@ def _gradient_of_queries(
 ) -> None:
     batch, rows, heads, dim = q.shape
     lists = tiles.by_row if tiles.offset is None else None
-    block_n, stages = (128, 2 if dim == 128 else 3)
     dq_kernel[(-(-rows // TILE), heads, batch)](
         _descriptor(q, 64),
-        _descriptor(k, block_n),
-        _descriptor(v, block_n),
+        _descriptor(k, TILE),
+        _descriptor(v, TILE),
         _descriptor(dout, 64),
         statistics[0],
         statistics[1],
@@ -164,7 +173,7 @@ def _gradient_of_queries(
         scale_log2=scale * math.log2(math.e),
         LISTS=lists is not None,
         ACCUMULATE=accumulate,
-        STAGES=stages,
+        STAGES=dq_stages(dim),
         num_warps=4,
     )
 
@@ -184,7 +193,7 @@ def _gradients_of_keys(
     batch, rows, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     lists = tiles.by_key if tiles.offset is None else None
-    block_m, stages = (128, 3) if dim == 64 and lists is None else (64, 4)
+    block_m, stages = dkdv_shape(dim, lists is not None)
     dkdv_kernel[(-(-keys // TILE), kv_heads, batch)](
         _descriptor(q, block_m),
         _descriptor(k, 64),

@@ -1,0 +1,32 @@
+"""What ptxas makes of the kernels for Hopper: compiled on any machine, with the tools that Triton brings along."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import sm90 as script
+
+
+@pytest.mark.parametrize("dim", [128, pytest.param(64, marks=pytest.mark.full)])
+def test_kernels_compile_for_hopper_and_keep_the_matrix_units_busy(dim: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(script.__file__)), str(dim)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == 12
+    for report in reports:
+        print(report)
+        # A block has 227 KiB of shared memory.
+        assert report["shared_bytes"] <= 227 * 1024, report
+        # Warpgroup products, issued without waiting for one another: ptxas says so when it has to serialize them.
+        assert report["products"] >= 8, report
+        assert not report["serialized"], report
+        # Registers that do not fit go through memory; where tiles are tested, and that is seldom, some may.
+        dense = "hopper" in report["kernel"] and "dense" in report["kernel"]
+        assert report["spilled_bytes"] <= (40 if dense else 400), report

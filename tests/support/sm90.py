@@ -1,0 +1,146 @@
+"""Compiles attention kernels for sm_90a without a GPU, and says what ptxas made of each: one JSON object a line.
+
+Run as a script (`python sm90.py DIM ...`), a process of its own: Triton decides at import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from farspan.kernels.tiles import TILE
+from farspan.kernels.triton.hopper import launch as hopper
+from farspan.kernels.triton.hopper.dkdv import dkdv_kernel
+from farspan.kernels.triton.hopper.dq import dq_kernel
+from farspan.kernels.triton.hopper.forward import forward_kernel
+from farspan.kernels.triton.portable import backward as portable_backward
+from farspan.kernels.triton.portable import forward as portable_forward
+from farspan.kernels.triton.portable.shapes import dkdv_shape, dq_shape, forward_shape
+
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_BOUNDS = ("begin", "end", "anchor_begin", "anchor_end")
+_LISTS = ("full_start", "full_tiles", "partial_start", "partial_tiles", "longest_first")
+
+
+def report(
+    name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> None:
+    names = kernel.arg_names
+    kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in kinds.items() if kind.startswith("*")}
+    values = {(names.index(n),): value for n, value in constants.items()}
+    source = (GluonASTSource if "hopper" in name else ASTSource)(kernel, kinds, values, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        command = [_TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
+        notes = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        sass = subprocess.run([_TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    spilled = re.search(r"(\d+) bytes spill stores", notes)
+    print(
+        json.dumps(
+            {
+                "kernel": name,
+                "shared_bytes": compiled.metadata.shared,
+                "spilled_bytes": int(spilled.group(1)) if spilled else None,
+                "products": sass.count("HGMMA"),
+                "serialized": "C75" in notes,
+            }
+        ),
+        flush=True,
+    )
+
+
+def hopper_kernels(dim: int) -> None:
+    for lists in (False, True):
+        shape = hopper.forward_shape(dim, lists)
+        common: dict[str, Any] = {"LISTS": lists} | ({} if lists else dict.fromkeys((*_BOUNDS, *_LISTS)))
+        forward = {
+            "ACCUMULATE": lists,
+            "CONSUMERS": shape.consumers,
+            "STAGES": shape.stages,
+            "PRODUCER_REGISTERS": shape.producer_registers,
+            "CONSUMER_REGISTERS": shape.consumer_registers,
+        }
+        block_m, stages = hopper.dkdv_shape(dim, lists)
+        dkdv = {"GROUP": 4, "ACCUMULATE_DK": lists, "ACCUMULATE_DV": lists, "STAGES": stages}
+        dq = {"ACCUMULATE": lists, "STAGES": hopper.dq_stages(dim)}
+        boxes = {"q": shape.rows, "k": shape.keys, "v": shape.keys}
+        kind = f"{dim} {'lists' if lists else 'dense'}"
+        report(
+            f"hopper forward {kind}",
+            forward_kernel,
+            _gluon_signature(forward_kernel, dim, boxes),
+            common | forward,
+            {"num_warps": 4, "maxnreg": shape.registers},
+        )
+        boxes = {"q": 64, "dout": 64, "k": TILE, "v": TILE}
+        report(f"hopper dq {kind}", dq_kernel, _gluon_signature(dq_kernel, dim, boxes), common | dq, {"num_warps": 4})
+        boxes = {"q": block_m, "dout": block_m, "k": 64, "v": 64}
+        signature = _gluon_signature(dkdv_kernel, dim, boxes)
+        report(f"hopper dkdv {kind}", dkdv_kernel, signature, common | dkdv, {"num_warps": 4})
+
+
+def _gluon_signature(kernel: Any, dim: int, boxes: dict[str, int]) -> dict[str, str]:
+    def descriptor(rows: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, rows, 1, dim], gl.bfloat16)
+        return f"tensordesc<bf16[1, {rows}, 1, {dim}],{layout!r}>"
+
+    signature = {f"{name}_desc": descriptor(rows) for name, rows in boxes.items()}
+    statistic = f"tensordesc<fp32[{boxes['q']}],{gl.NVMMASharedLayout(0, 32, rank=1)!r}>"
+    return {**_scalars(kernel), "lse_desc": statistic, "delta_desc": statistic, **signature}
+
+
+def portable_kernels(dim: int) -> None:
+    kernels = (
+        ("forward", portable_forward.forward_kernel, forward_shape(dim, 2), {"VALUE_DIM": dim, "ACCUMULATE": False}),
+        ("dq", portable_backward.dq_kernel, dq_shape(dim, 2), {"DIM": dim, "ACCUMULATE": False}),
+        (
+            "dkdv",
+            portable_backward.dkdv_kernel,
+            dkdv_shape(dim, 2),
+            {"DIM": dim, "VALUE_DIM": dim, "ACCUMULATE_DK": False, "ACCUMULATE_DV": False},
+        ),
+    )
+    for (name, kernel, shape, own), lists in ((x, lists) for x in kernels for lists in (False, True)):
+        rows = {"q": shape.block_m, "dout": shape.block_m, "k": shape.block_n, "v": shape.block_n}
+        boxes = {f"{x}_desc": f"tensordesc<bf16[1, 1, {count}, {dim}]>" for x, count in rows.items()}
+        constants = {
+            **own,
+            "GROUP": 4,
+            "LISTS": lists,
+            "PRECISION": "ieee",
+            "PADDED_DIM": dim,
+            "PADDED_VALUE_DIM": dim,
+            "TILE": TILE,
+            "BLOCK_M": shape.block_m,
+            "BLOCK_N": shape.block_n,
+        }
+        options = {"num_warps": shape.warps, "num_stages": shape.stages}
+        signature = {**_scalars(kernel), **boxes}
+        report(f"portable {name} {dim} {'lists' if lists else 'dense'}", kernel, signature, constants, options)
+
+
+def _scalars(kernel: Any) -> dict[str, str]:
+    """Types of all arguments that are neither descriptors nor constants."""
+    pointers = dict.fromkeys((*_BOUNDS, *_LISTS), "*i32") | dict.fromkeys(("out", "dq", "dk", "dv"), "*bf16")
+    pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
+    return {name: pointers.get(name, "i32") for name in kernel.arg_names}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        hopper_kernels(int(argument))
+        portable_kernels(int(argument))
