@@ -1,4 +1,4 @@
-"""The Triton backend: every interval mask, by the kernels for Hopper where they take the tensors or the portable ones."""
+"""The Triton backend: every interval mask, by kernels for Hopper where they take the tensors, or by portable ones."""
 
 from __future__ import annotations
 
