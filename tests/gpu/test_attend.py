@@ -14,6 +14,7 @@ from torch import Tensor
 
 from farspan.kernels import IntervalMask, attend, attend_backward, masks, row_delta
 from farspan.kernels.backends import REGISTRY
+from farspan.kernels.triton.hopper import launch as hopper
 
 pytestmark = pytest.mark.gpu
 
@@ -100,6 +101,16 @@ def test_every_mask(name: str, dim: int) -> None:
     assert max(errors(run(half, mask, "triton"), exact)) < 5e-4
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", builders(1531))
+def test_portable_kernels_where_others_would_run(name: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "takes", lambda q, v: False)
+    tensors = inputs(1531, (8, 2), dim)
+    mask = builders(1531)[name].to("cuda")
+    exact = run(tuple(x.double() for x in tensors), mask, "reference")
+    assert max(errors(run(tensors, mask, "triton"), exact)) < 3e-3
+
+
 @pytest.mark.parametrize("name", builders(1531))
 def test_repeats_bit_for_bit(name: str) -> None:
     tensors = inputs(8192, (8, 2), 128)
@@ -170,10 +181,10 @@ def test_a_million_tokens_in_a_window() -> None:
 _SMALL = """
 import torch
 from farspan.kernels import attend, attend_backward, masks
-for length in (130, 257):
+for length, dim in ((130, 80), (257, 64), (257, 128)):
     for mask in (masks.causal(length), masks.full(length), masks.sliding_window(length, 40, 3, [0, 1, 77, length])):
-        q, dout = (torch.randn(1, length, 4, 80, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        k, v = (torch.randn(1, length, 2, 80, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        q, dout = (torch.randn(1, length, 4, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(1, length, 2, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         mask = mask.to("cuda")
         out, lse = attend(q, k, v, mask, backend="triton")
         attend_backward(dout, q, k, v, out, lse, mask, backend="triton")
