@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farspan.kernels.triton import merge as merge_kernel
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for bf16, fp16 and fp32; fp64 for fp64."""
@@ -27,6 +29,10 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """`merge` in place: out and lse take in a part computed over other keys."""
-    merged, merged_lse = merge(out, lse, part, part_lse)
+    tensors = (out, lse, part, part_lse)
+    if out.is_cuda and out.dtype == torch.float32 and all(x.stride(-1) == 1 for x in tensors):
+        merge_kernel.merge_into(*tensors)
+        return
+    merged, merged_lse = merge(*tensors)
     out.copy_(merged)
     lse.copy_(merged_lse)

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from farspan.kernels.backends.base import Accumulated
 from farspan.kernels.masks import IntervalMask
+from farspan.kernels.problem import Problem
 from farspan.kernels.tiles import TILE, TileLists, TileMap
 from farspan.kernels.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from farspan.kernels.triton.forward import forward_kernel
@@ -24,14 +25,17 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why these tensors cannot go through the kernels, or None if they can."""
-    if q.device.type != "cuda" and not _INTERPRETED:
-        return f"triton needs CUDA tensors, got {q.device.type}"
-    if q.dtype not in DTYPES or (_INTERPRETED and q.dtype == torch.bfloat16):
-        return f"triton takes bf16, fp16 and fp32, got {q.dtype}"
-    if max(q.shape[3], v.shape[3]) > 256 or q.shape[3] * q.itemsize % 16 or v.shape[3] * v.itemsize % 16:
-        return f"triton takes head dims up to 256 whose rows are multiples of 16 bytes, got {q.shape[3]}, {v.shape[3]}"
+def refusal(problem: Problem) -> str | None:
+    """Why such tensors cannot go through the kernels, or None if they can."""
+    if problem.capability is None and not _INTERPRETED:
+        return "triton needs a GPU"
+    if problem.dtype not in DTYPES:
+        return f"triton takes bf16, fp16 and fp32, got {problem.dtype}"
+    if _INTERPRETED and problem.dtype == torch.bfloat16:
+        return "triton computes bf16 wrongly where TRITON_INTERPRET is set"
+    dims = problem.head_dim, problem.value_dim
+    if max(dims) > 256 or any(dim * problem.dtype.itemsize % 16 for dim in dims):
+        return f"triton takes head dims up to 256 whose rows are multiples of 16 bytes, got {dims[0]} and {dims[1]}"
     return None
 
 
