@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backends import REGISTRY
-from farspan.kernels.choice import parts
+from farspan.kernels.choice import alone, parts
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.problem import Problem
 from farspan.kernels.triton import rows
 
 
@@ -42,8 +43,9 @@ def attend(
     _check(q, k, v, mask, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype if out_dtype is None else out_dtype
-    calls = parts(q, k, v, mask, backend, backward=False)
-    if len(calls) == 1 and calls[0].mask.rows == mask.rows:
+    problem = Problem.of(q, k, v, accumulate=accumulate is not None)
+    calls = parts(problem, mask, backend)
+    if alone(calls, problem, mask):
         part = calls[0]
         return REGISTRY[part.backend].attend(q, k[:, part.keys], v[:, part.keys], part.mask, scale, dtype, accumulate)
     out, lse = _nothing(q, v) if accumulate is None else accumulate
@@ -87,8 +89,10 @@ def attend_backward(
         delta = row_delta(dout, out)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype if out_dtype is None else out_dtype
-    calls = parts(q, k, v, mask, backend, backward=True)
-    if len(calls) == 1 and calls[0].mask.rows == mask.rows and calls[0].keys == slice(0, k.shape[1]):
+    accumulates = any(total is not None for total in accumulate)
+    problem = Problem.of(q, k, v, backward=True, accumulate=accumulates, out_given=out is not None)
+    calls = parts(problem, mask, backend)
+    if alone(calls, problem, mask):
         compute = REGISTRY[calls[0].backend].attend_backward
         return compute(dout, q, k, v, out, lse, delta, calls[0].mask, scale, dtype, accumulate)
     work = accumulation_dtype(q.dtype)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from farspan.kernels import rates
 from farspan.kernels.backends import BACKENDS, REGISTRY
+from farspan.kernels.cost import Work, call_seconds, totals_seconds
 from farspan.kernels.masks import IntervalMask
+from farspan.kernels.problem import Problem
 from farspan.kernels.rectangles import Rectangle, rectangles
-from farspan.kernels.tiles import TileMap
 
 # A mask that takes more calls of a library than this is not one for a library.
 _MOST_CALLS = 64
@@ -25,35 +26,44 @@ class Part:
     keys: slice
     mask: IntervalMask
 
-    def __str__(self) -> str:
-        rows, keys = self.rows, self.keys
-        kind = {"general": "tiles"}.get(self.mask.kind(keys.stop - keys.start), self.mask.kind(keys.stop - keys.start))
-        return f"{self.backend}: {kind}, rows {rows.start}-{rows.stop}, keys {keys.start}-{keys.stop}"
 
-
-def parts(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, backend: str, backward: bool) -> list[Part]:
+def parts(problem: Problem, mask: IntervalMask, backend: str) -> list[Part]:
     """The calls that make up one attention; worked out once a mask, then remembered by it.
 
     ValueError, naming the key to change, when the backend cannot compute them.
     """
-    name = f"parts {q.shape[2:]} {k.shape[1:]} {v.shape[3]} {q.dtype} {backend} {backward}"
+    name = f"parts of {problem} by {backend}"
     if name not in mask.derived:
-        mask.derived[name] = _parts(q, k, v, mask, backend, backward)
+        mask.derived[name] = _fastest(problem, mask) if backend == "auto" else _by(backend, problem, mask)
     found: list[Part] = mask.derived[name]
     return found
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, backend: str, backward: bool) -> list[Part]:
-    if backend == "auto":
-        return _fastest(q, k, v, mask, backward)
+def alone(calls: Sequence[Part], problem: Problem, mask: IntervalMask) -> bool:
+    """Whether one call writes all results, so that nothing adds up."""
+    return len(calls) == 1 and _is_all(calls[0].rows, calls[0].keys, problem, mask)
+
+
+def in_words(calls: Sequence[Part]) -> str:
+    """Such as "triton", or "2 cudnn + triton" for three calls."""
+    counts = Counter(part.backend for part in calls)
+    return " + ".join(name if count == 1 else f"{count} {name}" for name, count in counts.items())
+
+
+def check_backend(problem: Problem, backend: str) -> None:
+    """ValueError, naming the key to change, when a backend cannot compute such a problem, whatever the mask."""
     if backend not in BACKENDS:
         raise ValueError(f"attention.backend is {backend!r}; possible are {', '.join(BACKENDS)}")
-    refusal = REGISTRY[backend].refusal(q, k, v)
+    refusal = None if backend == "auto" else REGISTRY[backend].refusal(problem)
     if refusal is not None:
         raise ValueError(f"attention.backend is {backend!r}, but {refusal}; set it to auto")
+
+
+def _by(backend: str, problem: Problem, mask: IntervalMask) -> list[Part]:
+    check_backend(problem, backend)
     if REGISTRY[backend].any_mask:
-        return [_whole(mask, k, backend)]
-    cut = rectangles(mask, k.shape[1], smallest=1, most=_MOST_CALLS)
+        return [_whole(mask, problem, backend)]
+    cut = rectangles(mask, problem.keys, smallest=1, most=_MOST_CALLS)
     if cut.rest is not None:
         raise ValueError(
             f"attention.backend is {backend!r}, which computes full and causal rectangles, and this mask is not "
@@ -62,35 +72,40 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, backend: str, ba
     return [_rectangle(part, mask, backend) for part in cut.rectangles]
 
 
-def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, backward: bool) -> list[Part]:
-    """The whole mask by the fastest backend that takes any, or its rectangles by libraries, whichever is less time."""
-    able = [name for name, backend in REGISTRY.items() if backend.refusal(q, k, v) is None]
-    if q.device.type != "cuda" or "triton" not in able:
-        return [_whole(mask, k, "reference")]
-    table = rates.of_device(q.device)
-    heads, dim = q.shape[2], q.shape[3]
+def _fastest(problem: Problem, mask: IntervalMask) -> list[Part]:
+    """The whole mask in one call, or its rectangles each by the backend that is best at it: what takes less time."""
+    able = [name for name, backend in REGISTRY.items() if backend.refusal(problem) is None]
+    if problem.capability is None or "triton" not in able:
+        return [_whole(mask, problem, "reference")]
+    table = rates.of_capability(problem.capability)
+    measured = [name for name in able if name in table.backends]
+    whole = [_whole(mask, problem, "triton")]
+    whole_seconds = call_seconds(table, problem, "triton", Work.of_mask(mask, problem), problem.accumulate)
 
-    def seconds(backend: str, causal: bool, rows: int, keys: int, pairs: int) -> float:
-        return table.seconds(backend, causal, backward, rows, keys, pairs, heads, dim)
-
-    tiles = TileMap.of(mask, k.shape[1])
-    whole = seconds("triton", tiles.offset != k.shape[1], mask.rows, k.shape[1], tiles.pairs)
-    cut = rectangles(mask, k.shape[1])
-    pieces, total = [], 0.0
+    cut = rectangles(mask, problem.keys)
+    sole = [_is_all(slice(*part.rows), slice(*part.keys), problem, mask) for part in cut.rectangles] == [True]
+    adds = problem.accumulate or not sole
+    pieces: list[Part] = []
+    seconds = totals_seconds(problem, mask.rows) if adds and not problem.accumulate else 0.0
     for part in cut.rectangles:
-        rows, keys = part.rows[1] - part.rows[0], part.keys[1] - part.keys[0]
-        cost = {name: seconds(name, part.causal, rows, keys, part.pairs) for name in able if name in table.backends}
+        work = Work.of_rectangle(part, problem)
+        cost = {name: call_seconds(table, problem, name, work, adds) for name in measured}
         best = min(cost, key=lambda name: cost[name])
         pieces.append(_rectangle(part, mask, best))
-        total += cost[best]
+        seconds += cost[best]
     if cut.rest is not None:
-        pieces.append(_whole(cut.rest, k, "triton"))
-        total += seconds("triton", True, mask.rows, k.shape[1], TileMap.of(cut.rest, k.shape[1]).pairs)
-    return pieces if pieces and total < whole else [_whole(mask, k, "triton")]
+        pieces.append(_whole(cut.rest, problem, "triton"))
+        seconds += call_seconds(table, problem, "triton", Work.of_mask(cut.rest, problem), adds)
+    return pieces if pieces and seconds < whole_seconds else whole
 
 
-def _whole(mask: IntervalMask, k: Tensor, backend: str) -> Part:
-    return Part(backend, slice(0, mask.rows), slice(0, k.shape[1]), mask)
+def _is_all(rows: slice, keys: slice, problem: Problem, mask: IntervalMask) -> bool:
+    """Whether a call over these rows and keys writes all results."""
+    return rows == slice(0, mask.rows) and (not problem.backward or keys == slice(0, problem.keys))
+
+
+def _whole(mask: IntervalMask, problem: Problem, backend: str) -> Part:
+    return Part(backend, slice(0, mask.rows), slice(0, problem.keys), mask)
 
 
 def _rectangle(part: Rectangle, mask: IntervalMask, backend: str) -> Part:

@@ -1,4 +1,4 @@
-"""How fast each backend is, as measured: what `backend="auto"` chooses by."""
+"""How fast each backend is, as measured (`benchmarks/rates.py`): what `backend="auto"` chooses by."""
 
 from __future__ import annotations
 
@@ -8,35 +8,40 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
+from typing import Literal
 
-import torch
-
-# Launches, and merging a part into the whole.
-_CALL_SECONDS = 30e-6
+Kind = Literal["causal", "full", "lists"]
 
 
 @dataclass(frozen=True)
 class Rates:
     """TFLOP/s by backend, direction, kind and head dim, at several lengths, for one device.
 
-    `points["cudnn forward causal 128"]` is `[[length, TFLOP/s], ...]`, ascending, of square problems.
+    `points["cudnn forward causal 128"]` is `[(length, TFLOP/s), ...]`, ascending. Causal and full problems are square,
+    of that length; lists are those of causal documents of that length, eight of them. `name` is such as "sm_90";
+    `torch` and `triton` are the versions measured with.
     """
 
+    name: str
     device: str
+    torch: str
+    triton: str
     points: dict[str, list[tuple[int, float]]]
 
     @property
     def backends(self) -> set[str]:
         return {key.split()[0] for key in self.points}
 
-    def rate(self, backend: str, causal: bool, backward: bool, length: float, dim: int) -> float:
-        """TFLOP/s of one call; 0 where nothing was measured. Between lengths, linear in their logarithm."""
-        kind, direction = ("causal" if causal else "full"), ("backward" if backward else "forward")
-        dims = sorted({int(key.split()[3]) for key in self.points if key.startswith(f"{backend} {direction} {kind} ")})
+    def rate(self, backend: str, kind: Kind, backward: bool, length: float, dim: int) -> float:
+        """TFLOP/s of one call; 0 where nothing was measured. Between lengths, linear in their logarithm.
+
+        Of several head dims that were measured the nearest counts. Lists that were not measured count as causal.
+        """
+        start = f"{backend} {'backward' if backward else 'forward'} {kind} "
+        dims = [int(key.removeprefix(start)) for key in self.points if key.startswith(start)]
         if not dims:
-            return 0.0
-        near = min(dims, key=lambda measured: abs(math.log(measured / dim)))
-        points = self.points[f"{backend} {direction} {kind} {near}"]
+            return self.rate(backend, "causal", backward, length, dim) if kind == "lists" else 0.0
+        points = self.points[start + str(min(dims, key=lambda measured: abs(math.log(measured / dim))))]
         if length <= points[0][0]:
             return points[0][1] * length / points[0][0]
         for (low, slow), (high, fast) in pairwise(points):
@@ -45,28 +50,23 @@ class Rates:
                 return slow + share * (fast - slow)
         return points[-1][1]
 
-    def seconds(
-        self, backend: str, causal: bool, backward: bool, rows: int, keys: int, pairs: int, heads: int, dim: int
-    ) -> float:
-        """Expected time of one call; infinite where the backend was not measured."""
-        rate = self.rate(backend, causal, backward, math.sqrt(rows * keys), dim)
-        flops = (10 if backward else 4) * heads * dim * pairs
-        return math.inf if rate == 0 else _CALL_SECONDS + flops / (rate * 1e12)
 
-
-def of_device(device: torch.device) -> Rates:
+def of_capability(capability: tuple[int, int]) -> Rates:
     """The table of a GPU: measured on its kind, or on the one whose compute capability is nearest."""
-    major, minor = torch.cuda.get_device_capability(device)
-    tables = _tables()
-    return tables[min(tables, key=lambda name: abs(int(name.removeprefix("sm_")) - (10 * major + minor)))]
+    number = 10 * capability[0] + capability[1]
+    return min(_tables(), key=lambda table: abs(int(table.name.removeprefix("sm_")) - number))
 
 
 @cache
-def _tables() -> dict[str, Rates]:
+def _tables() -> list[Rates]:
     tree = json.loads(files("farspan.kernels").joinpath("rates.json").read_text())
-    return {
-        name: Rates(
-            table["device"], {key: [(int(n), float(r)) for n, r in points] for key, points in table["tflops"].items()}
+    return [
+        Rates(
+            name,
+            table["device"],
+            table["torch"],
+            table["triton"],
+            {key: [(int(length), float(rate)) for length, rate in points] for key, points in table["tflops"].items()},
         )
         for name, table in tree.items()
-    }
+    ]

@@ -10,6 +10,7 @@ import torch
 
 from farspan.kernels import masks
 from farspan.kernels.masks import IntervalMask
+from farspan.kernels.tiles import TileMap
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def rectangles(mask: IntervalMask, keys: int, smallest: int = 1024, most: int = 
 
     Only runs of at least `smallest` squared pairs count, and of these the `most` largest: a call has its costs, so
     windows, whose every row is a run of its own, and many small documents are left to other kernels. A batch
-    with several masks is left whole.
+    whose masks may differ is left whole.
     """
     name = f"rectangles of {keys} by {smallest}, {most}"
     if name not in mask.derived:
@@ -58,13 +59,13 @@ def rectangles(mask: IntervalMask, keys: int, smallest: int = 1024, most: int = 
 
 
 def _cut(mask: IntervalMask, keys: int, smallest: int, most: int) -> Cut:
-    if mask.batch > 1:
+    if mask.batch > 1 and TileMap.of(mask, keys).offset is None:
         return Cut((), mask)
     bounds = [bound[0].cpu().numpy().astype(np.int64) for bound in mask.bounds]
-    runs = [_of_run(first, stop, bounds) for first, stop in _runs(bounds)]
-    area = [sum(part.pairs for part in run) for run in runs]
-    worth = sorted((i for i in range(len(runs)) if area[i] >= smallest**2), key=lambda i: -area[i])[:most]
-    chosen = tuple(part for i in sorted(worth) for part in runs[i])
+    seen = np.cumsum(np.concatenate([[0], bounds[1] - bounds[0] + bounds[3] - bounds[2]]))
+    large = [run for run in _runs(bounds) if seen[run[1]] - seen[run[0]] >= smallest**2]
+    largest = sorted(large, key=lambda run: seen[run[0]] - seen[run[1]])[:most]
+    chosen = tuple(part for first, stop in sorted(largest) for part in _of_run(first, stop, bounds))
     covered = torch.zeros(mask.rows, dtype=torch.bool)
     for part in chosen:
         covered[slice(*part.rows)] = True

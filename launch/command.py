@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,17 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """Prints versions, devices and attention backends, and which of them a configuration's first batch will use."""
+    from farspan.trainer.config import load_config
+    from farspan.trainer.doctor import examine
+    from farspan.trainer.preflight import default_processes
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    examine(config, default_processes(config) if config else 1, options.gpu, print)
+    return 0
+
+
 def checkpoint_list(options: argparse.Namespace) -> int:
     from farspan.trainer.checkpoint.store import CheckpointStore
 
@@ -139,6 +151,13 @@ def _checkpoints(run_directory: Path) -> Path:
     return run_directory if run_directory.name == "checkpoints" else run_directory / "checkpoints"
 
 
+def _capability(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"sm_(\d+)(\d)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"a compute capability is written like sm_90, not {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may stand anywhere behind the verb, which argparse alone does not allow."""
     parser = _parser()
@@ -171,6 +190,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     with_config("prepare", prepare, "Encode text for training.")
     with_config("plan", plan, "Print and verify who computes what, without starting anything.")
+
+    examining = verbs.add_parser(
+        "doctor",
+        help="Say what this machine has, and which attention backends a configuration will use.",
+        description="Versions, devices and attention backends; with a configuration, who computes its first batch.",
+        usage="farspan doctor [CONFIG [key=value ...]] [--gpu sm_90]",
+    )
+    examining.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file")
+    examining.add_argument(
+        "--gpu", type=_capability, metavar="sm_90", help="speak of a GPU of this compute capability instead"
+    )
+    examining.set_defaults(verb=doctor)
 
     checkpoints = verbs.add_parser("checkpoint", help="List or verify checkpoints.")
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")

@@ -65,7 +65,7 @@ class _PlannedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
         results = call.memory.take("attention") if call.memory is not None else None
         if results is None:
-            piece = _sole_piece(call.prepared.forward, q, k)
+            piece = call.prepared.sole_piece(call.prepared.forward)
             if piece is not None:
                 results = attend(q, k, v, piece.mask, scale=call.scale, backend=call.backend)
             else:
@@ -85,23 +85,13 @@ class _PlannedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *kept = ctx.saved_tensors
         call: _Call = ctx.call
-        piece = _sole_piece(call.prepared.backward, q, k)
+        piece = call.prepared.sole_piece(call.prepared.backward)
         if piece is not None:
             given = (dout, q, k, v, out, lse, piece.mask)
             return *attend_backward(*given, scale=call.scale, backend=call.backend), None
         run = _Backward(call, kept, out, (q, dout, lse, row_delta(dout, out)), (k, v))
         run()
         return run.dq.to(q.dtype), run.dk.to(k.dtype), run.dv.to(v.dtype), None
-
-
-def _sole_piece(stages: list[PreparedStage], q: Tensor, k: Tensor) -> PreparedPiece | None:
-    """The piece of a schedule that is a single call on all of this rank's own tensors: nothing adds up or moves."""
-    pieces = [piece for stage in stages for piece in stage.pieces]
-    if len(pieces) != 1 or any(stage.sends or stage.receives for stage in stages):
-        return None
-    spans = [(rows.span, x) for rows, x in ((pieces[0].q, q), (pieces[0].kv, k))]
-    whole = all(span and (span.slots, span.heads) == ((0, x.shape[1]), (0, x.shape[2])) for span, x in spans)
-    return pieces[0] if whole else None
 
 
 class _Run:

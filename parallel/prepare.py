@@ -68,6 +68,15 @@ class PreparedPlan:
     forward: list[PreparedStage]
     backward: list[PreparedStage]
 
+    def sole_piece(self, stages: list[PreparedStage]) -> PreparedPiece | None:
+        """The piece of a direction that is one call on all of this rank's own tensors: nothing adds up or moves."""
+        pieces = [piece for stage in stages for piece in stage.pieces]
+        if len(pieces) != 1 or any(stage.sends or stage.receives for stage in stages):
+            return None
+        q, kv = pieces[0].q, pieces[0].kv
+        own = {index for index, block in enumerate(self.plan.blocks) if block.owner == self.rank}
+        return pieces[0] if q.span and kv.span and own == {*q.blocks, *kv.blocks} else None
+
 
 def prepare(
     plan: Plan, order: Order, mask: IntervalMask, rank: int, device: torch.device | str = "cpu"

@@ -30,13 +30,7 @@ class Feed:
         self.across_documents = config.attention.across_documents
         self.heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
         self.order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
-        self.steps = StepRows(
-            rows=Rows(Corpus(prepared, "train"), train.sequence_length, config.run.seed),
-            seed=config.run.seed,
-            rows_per_step=train.rows_per_step,
-            micro_batch_rows=train.micro_batch_rows,
-            data=mesh.degrees.data,
-        )
+        self.steps = step_rows(config, prepared, mesh.degrees.data)
         heldout = Rows(Corpus(prepared, "heldout"), train.sequence_length, config.run.seed)
         self.heldout = heldout
         self.heldout_rows = min(config.eval.rows, len(heldout))
@@ -88,3 +82,15 @@ class Feed:
 
     def _batch(self, rows: Sequence[Row], samples: Sequence[int]) -> Batch:
         return make_batch(rows, self.order, self.mesh.context_rank, samples, self.across_documents)
+
+
+def step_rows(config: RunConfig, prepared: Prepared, data: int) -> StepRows:
+    """The training rows, dealt out to `data` data ranks."""
+    train = config.train
+    return StepRows(
+        rows=Rows(Corpus(prepared, "train"), train.sequence_length, config.run.seed),
+        seed=config.run.seed,
+        rows_per_step=train.rows_per_step,
+        micro_batch_rows=train.micro_batch_rows,
+        data=data,
+    )

@@ -9,11 +9,14 @@ import torch
 
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
+from farspan.kernels.choice import check_backend
+from farspan.kernels.problem import capability
 from farspan.models.config import ModelConfig
 from farspan.parallel import orders
 from farspan.parallel.degrees import Degrees, MeshError
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
+from farspan.trainer.describe_backends import attention_problem
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def check(config: RunConfig, processes: int) -> Preflight:
         )
     elif config.memory.offload:
         raise ConfigError("memory.offload moves tensors from a GPU to its host, and there is no GPU; set it to false")
+    try:
+        gpu = capability(torch.device("cuda")) if torch.cuda.is_available() else None
+        check_backend(attention_problem(config, gpu), config.attention.backend)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     engine_config(config, degrees)
     return Preflight(degrees, model, prepared)
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
+from farspan.kernels.problem import capability
 from farspan.trainer.checkpoint.store import CheckpointStore
 from farspan.trainer.config import RunConfig, dump_config
+from farspan.trainer.describe_backends import attention_problem, describe_backends
 from farspan.trainer.feed import Feed
 from farspan.trainer.metrics import MetricsFile
 from farspan.trainer.preflight import Preflight
@@ -29,6 +31,16 @@ def describe_start(config: RunConfig, preflight: Preflight, feed: Feed, report: 
         f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents, "
         f"{len(feed.steps.rows):,} rows | held out: {feed.heldout_rows} rows"
     )
+    report(f"attention of the first batch: {_backends(config, feed)}")
+
+
+def _backends(config: RunConfig, feed: Feed) -> str:
+    """Who computes the pieces of this rank, in one line."""
+    prepared = feed.decoder_input(feed.training_batches(0)[0]).plan
+    tensors = attention_problem(config, capability(feed.mesh.device))
+    lines = describe_backends([prepared], tensors, config.attention.backend)
+    more = f"; {len(lines) - 4} other kinds, see farspan doctor" if len(lines) > 4 else ""
+    return "; ".join(lines[:4]) + more
 
 
 def describe_changes(previous: Path, config: RunConfig, report: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import merge_into
+from farspan.kernels.problem import Problem
 
 Accumulated = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -19,8 +20,8 @@ class Backend(Protocol):
     any_mask: bool
     """Whether every interval mask can be computed, or only rectangles: full ones, and causal ones that are square."""
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Why these tensors cannot be taken, whatever the mask; None if they can."""
+    def refusal(self, problem: Problem) -> str | None:
+        """Why such tensors cannot be taken, whatever the mask; None if they can."""
 
     def attend(
         self,

@@ -10,20 +10,24 @@ from torch import Tensor
 
 from farspan.kernels.backends.base import Accumulated, deliver, deliver_gradients
 from farspan.kernels.masks import IntervalMask
+from farspan.kernels.problem import Problem
 from farspan.kernels.tiles import TileMap
 
 any_mask = False
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refusal(problem: Problem) -> str | None:
     if not _installed():
         return "flash_attn_4 is not installed (pip install 'farspan[fa4]')"
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] < 9:
+    if problem.capability is None or problem.capability < (9, 0):
         return "flash_attn_4 needs a GPU of compute capability 9.0 or newer"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash_attn_4 takes bf16 and fp16, got {q.dtype}"
-    if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > 128:
-        return f"flash_attn_4 takes one head dim, a multiple of 8 up to 128, got {q.shape[3]} and {v.shape[3]}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash_attn_4 takes bf16 and fp16, got {problem.dtype}"
+    dim, value_dim = problem.head_dim, problem.value_dim
+    if dim != value_dim or dim % 8 or dim > 128:
+        return f"flash_attn_4 takes one head dim, a multiple of 8 up to 128, got {dim} and {value_dim}"
+    if not problem.out_given:
+        return "flash_attn_4 computes delta itself and needs the global out, which rows that travel leave behind"
     return None
 
 
@@ -58,8 +62,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    if out is None:
-        raise ValueError("flash_attn_4 computes delta itself and needs the global out, which is None")
+    assert out is not None, "see refusal"
     causal = TileMap.of(mask, k.shape[1]).offset != k.shape[1]
     gradients = _flash_attn_bwd(
         q, k, v, out, dout.contiguous(), lse.contiguous(), softmax_scale=scale, causal=causal, deterministic=True

@@ -14,6 +14,7 @@ from torch import Tensor
 from farspan.kernels.backends.base import Accumulated, deliver, deliver_gradients
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype
+from farspan.kernels.problem import Problem
 
 any_mask = True
 
@@ -23,7 +24,7 @@ _SCORES = 1 << 24
 _ROWS = {"cpu": 64, "cuda": 512}
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refusal(problem: Problem) -> str | None:
     return None
 
 

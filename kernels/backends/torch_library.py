@@ -14,6 +14,7 @@ from torch import Tensor
 from farspan.kernels.backends import reference
 from farspan.kernels.backends.base import Accumulated, deliver, deliver_gradients
 from farspan.kernels.masks import IntervalMask
+from farspan.kernels.problem import Problem
 from farspan.kernels.tiles import TileMap
 
 
@@ -25,18 +26,21 @@ class TorchLibrary:
     def __init__(self, name: str, capability: tuple[int, int], max_dim: int) -> None:
         self.name, self.capability, self.max_dim = name, capability, max_dim
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        if q.device.type != "cuda":
-            return f"{self.name} needs CUDA tensors, got {q.device.type}"
-        if torch.cuda.get_device_capability(q.device) < self.capability:
+    def refusal(self, problem: Problem) -> str | None:
+        if problem.capability is None:
+            return f"{self.name} needs a GPU"
+        if problem.capability < self.capability:
             return f"{self.name} needs a GPU of compute capability {'.'.join(map(str, self.capability))} or newer"
-        if q.dtype not in (torch.bfloat16, torch.float16):
-            return f"{self.name} takes bf16 and fp16, got {q.dtype}"
-        if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > self.max_dim:
+        if problem.dtype not in (torch.bfloat16, torch.float16):
+            return f"{self.name} takes bf16 and fp16, got {problem.dtype}"
+        dim, value_dim = problem.head_dim, problem.value_dim
+        if dim != value_dim or dim % 8 or dim > self.max_dim:
             return (
                 f"{self.name} takes one head dim for keys and values, a multiple of 8 up to {self.max_dim}, "
-                f"got {q.shape[3]} and {v.shape[3]}"
+                f"got {dim} and {value_dim}"
             )
+        if not problem.out_given:
+            return f"{self.name} computes delta itself and needs the global out, which rows that travel leave behind"
         return None
 
     def attend(
@@ -77,8 +81,7 @@ class TorchLibrary:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if q.shape[1] == k.shape[1] == 1:
             return reference.attend_backward(dout, q, k, v, out, lse, delta, mask, scale, out_dtype, accumulate)
-        if out is None:
-            raise ValueError(f"{self.name} computes delta itself and needs the global out, which is None")
+        assert out is not None, "see refusal"
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         causal = _is_causal(mask, k.shape[2])
         # Neither dropout nor packed sequences: no seeds, no cumulative lengths.

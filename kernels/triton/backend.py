@@ -8,6 +8,7 @@ from torch import Tensor
 
 from farspan.kernels.backends.base import Accumulated
 from farspan.kernels.masks import IntervalMask
+from farspan.kernels.problem import Problem
 from farspan.kernels.tiles import TileMap
 from farspan.kernels.triton.hopper import launch as hopper
 from farspan.kernels.triton.portable import launch as portable
@@ -19,13 +20,16 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if q.device.type != "cuda" and not _INTERPRETED:
-        return f"triton needs CUDA tensors, got {q.device.type}"
-    if q.dtype not in _DTYPES or (_INTERPRETED and q.dtype == torch.bfloat16):
-        return f"triton takes bf16, fp16 and fp32, got {q.dtype}"
-    if max(q.shape[3], v.shape[3]) > 256 or q.shape[3] * q.itemsize % 16 or v.shape[3] * v.itemsize % 16:
-        return f"triton takes head dims up to 256 whose rows are multiples of 16 bytes, got {q.shape[3]}, {v.shape[3]}"
+def refusal(problem: Problem) -> str | None:
+    if problem.capability is None and not _INTERPRETED:
+        return "triton needs a GPU"
+    if problem.dtype not in _DTYPES:
+        return f"triton takes bf16, fp16 and fp32, got {problem.dtype}"
+    if _INTERPRETED and problem.dtype == torch.bfloat16:
+        return "triton computes bf16 wrongly where TRITON_INTERPRET is set"
+    dims = problem.head_dim, problem.value_dim
+    if max(dims) > 256 or any(dim * problem.dtype.itemsize % 16 for dim in dims):
+        return f"triton takes head dims up to 256 whose rows are multiples of 16 bytes, got {dims[0]} and {dims[1]}"
     return None
 
 

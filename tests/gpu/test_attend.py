@@ -14,6 +14,7 @@ from torch import Tensor
 
 from farspan.kernels import IntervalMask, attend, attend_backward, masks, row_delta
 from farspan.kernels.backends import REGISTRY
+from farspan.kernels.problem import Problem
 from farspan.kernels.triton.hopper import launch as hopper
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +60,7 @@ def errors(results: Results, exact: Results) -> list[float]:
 
 
 def skip_without(backend: str, tensors: tuple[Tensor, ...]) -> None:
-    refusal = REGISTRY[backend].refusal(*tensors[:3])
+    refusal = REGISTRY[backend].refusal(Problem.of(*tensors[:3]))
     if refusal is not None:
         pytest.skip(refusal)
 

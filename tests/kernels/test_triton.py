@@ -151,29 +151,6 @@ def test_delta_is_the_row_sum_of_dout_and_out() -> None:
     assert relative(row_kernels.row_delta(dout, out), (dout * out).sum(-1).transpose(1, 2)) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["causal", "blind"])
-def test_partial_results_merge_in_one_pass(name: str) -> None:
-    length, cut = 130, 50
-    mask = next(case.mask for case in mask_cases(length) if case.name == name)
-    q, k, v, _ = (x.to(DEVICE, torch.float32) for x in random_qkv(length, (4, 2), 48))
-    parts = [
-        attend(
-            q,
-            k[:, keys],
-            v[:, keys],
-            mask.at(range(length), range(keys.start, keys.stop)).to(DEVICE),
-            backend="reference",
-        )
-        for keys in (slice(0, cut), slice(cut, length))
-    ]
-    expected = merge(*parts[0], *parts[1])
-    into = tuple(x.clone() for x in parts[0])
-    row_kernels.merge_into(*into, parts[1][0].transpose(1, 2).contiguous().transpose(1, 2), parts[1][1])
-    for got, wanted in zip(into, expected, strict=True):
-        assert torch.equal(got.isinf(), wanted.isinf())
-        assert relative(got.nan_to_num(neginf=0), wanted.nan_to_num(neginf=0)) < 1e-6
-
-
 def test_what_it_cannot_take_is_refused_in_one_line() -> None:
     def refused(message: str, **change: Any) -> None:
         q = torch.zeros(1, 4, 2, change.get("dim", 64), dtype=change.get("dtype", torch.float32), device=DEVICE)

@@ -93,7 +93,10 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
         (["parallel.plan=rng"], "possible are single, ring, all_gather"),
         (["parallel.order=zigzak"], "parallel.order is 'zigzak', did you mean 'zigzag'?"),
         (["parallel.order=zigzak"], "possible are contiguous, zigzag, striped"),
-        (["attention.backend=cuda"], "attention.backend is 'cuda', did you mean 'cudnn'?; possible are auto, reference, triton"),
+        (
+            ["attention.backend=cuda"],
+            "attention.backend is 'cuda', did you mean 'cudnn'?; possible are auto, reference, triton",
+        ),
         (["parallel.plan=single", "parallel.context=2"], "parallel.plan single keeps a sequence on one rank"),
         (["parallel.zero_stage=0"], "train.dtype bf16 needs parallel.zero_stage 1 or more"),
         (["parallel.zero_stage=4"], "parallel.zero_stage is 4: input should be less than or equal to 3"),

@@ -1,0 +1,135 @@
+"""`farspan doctor`: what this machine has, which attention backends run on it, and which a configuration will use."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from farspan.data.batch import make_batch
+from farspan.data.errors import DataError
+from farspan.data.prepared import load_prepared
+from farspan.kernels import IntervalMask, masks, rates
+from farspan.kernels.backends import REGISTRY
+from farspan.kernels.problem import Problem
+from farspan.parallel import orders, plans
+from farspan.parallel.degrees import Degrees, MeshError
+from farspan.parallel.orders import Order
+from farspan.parallel.prepare import prepare
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.describe_backends import attention_problem, describe_backends
+from farspan.trainer.feed import step_rows
+
+Report = Callable[[str], None]
+Capability = tuple[int, int]
+
+_PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "flash-attn-4")
+# As many ranks, from the first to the last, meet every kind of piece that a plan has.
+_RANKS = 4
+_DRIVER = Path("/proc/driver/nvidia/version")
+# What backends are asked about without a configuration: the heads of most models of today.
+_USUAL = Problem(1, 32768, 32, 8, 128, 128, torch.bfloat16, None)
+
+
+def examine(config: RunConfig | None, processes: int, gpu: Capability | None, report: Report) -> None:
+    """Versions, devices, backends, the table of rates; with a configuration also who computes its first batch.
+
+    `gpu` is the compute capability of a GPU to speak of instead of the one here. ConfigError where the configuration
+    cannot run.
+    """
+    for name, found in _versions():
+        report(f"{name:<14}{found}")
+    for line in _devices():
+        report(f"{'device':<14}{line}")
+    at_hand = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    capability = gpu or at_hand
+    tensors = attention_problem(config, capability) if config else replace(_USUAL, capability=capability)
+    where = "here" if capability == at_hand else f"on {_sm(gpu)}"
+    report(f"{'attention':<14}of {_dtype(tensors)} with head dim {tensors.head_dim}, {where}:")
+    for name, backend in REGISTRY.items():
+        report(f"{'':<14}{backend.refusal(tensors) or f'{name} can run'}")
+    report(f"{'auto':<14}{_table(capability, where)}")
+    if config is not None:
+        _describe_batch(config, processes, tensors, report)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    for package in _PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "not installed"
+    yield "cuda", torch.version.cuda or "none: torch was built for CPUs"
+    if _DRIVER.exists():
+        found = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text())
+        yield "driver", found[0] if found else "unknown"
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+        yield "nccl", ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _devices() -> Iterator[str]:
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index} {device.name}, {device.total_memory / 2**30:.1f} GiB, {_sm((device.major, device.minor))}"
+    if not torch.cuda.device_count():
+        yield f"no GPU; {torch.get_num_threads()} CPU threads"
+
+
+def _table(capability: Capability | None, where: str) -> str:
+    """What `auto` chooses by."""
+    if capability is None:
+        return "means reference here, for there is no GPU"
+    table = rates.of_capability(capability)
+    line = f"chooses by what was measured on {table.device} ({table.name}, torch {table.torch}, triton {table.triton})"
+    device = torch.cuda.get_device_name() if where == "here" else None
+    if table.name != _sm(capability) or device not in (None, table.device):
+        line += f"; {device or _sm(capability)} may rank them otherwise, which benchmarks/rates.py measures"
+    return line
+
+
+def _describe_batch(config: RunConfig, processes: int, tensors: Problem, report: Report) -> None:
+    parallel, train = config.parallel, config.train
+    try:
+        degrees = Degrees.divide(processes, parallel.context, parallel.tensor)
+    except MeshError as error:
+        raise ConfigError(str(error)) from error
+    order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
+    mask, rows = _first_mask(config, order, degrees.data)
+    report(f"{'batch':<14}{rows}")
+    plan = plans.build(parallel.plan, order, mask, (tensors.heads, tensors.kv_heads))
+
+    ranks = sorted({i * (order.world - 1) // (_RANKS - 1) for i in range(_RANKS)})
+    named = f"context rank {', '.join(map(str, ranks))} of {order.world}"
+    report(f"{'pieces':<14}of one layer on {named}, with attention.backend {config.attention.backend}:")
+    prepared = (prepare(plan, order, mask, rank) for rank in ranks)
+    for line in describe_backends(prepared, tensors, config.attention.backend):
+        report(f"{'':<14}{line}")
+
+
+def _first_mask(config: RunConfig, order: Order, data: int) -> tuple[IntervalMask, str]:
+    """The mask of the first batch, and what it is; of rows with one document each where there is no text yet."""
+    length, across = config.train.sequence_length, config.attention.across_documents
+    try:
+        prepared = load_prepared(config.data.directory)
+    except DataError as error:
+        return masks.causal(length), f"rows of one document, {length:,} tokens, since there is no text. {error}"
+    rows = step_rows(config, prepared, data)
+    taken = [rows.row(sample) for sample in rows.samples(0, 0, 0)]
+    documents = sum(len(row.cu_seqlens) - 1 for row in taken)
+    seen = "seen across documents" if across else "each seen by itself"
+    words = f"the first of training: {len(taken)} x {length:,} tokens, {documents} documents, {seen}"
+    return make_batch(taken, order, 0, across_documents=across).mask, words
+
+
+def _dtype(tensors: Problem) -> str:
+    return "bf16" if tensors.dtype == torch.bfloat16 else "fp32"
+
+
+def _sm(capability: Capability | None) -> str:
+    return "a CPU" if capability is None else f"sm_{capability[0]}{capability[1]}"
