@@ -41,6 +41,8 @@ def main() -> None:
         sys.exit(f"{options.trainee}: {error}")
     if not config.attention.across_documents:
         sys.exit("this benchmark counts causal attention over whole rows; set attention.across_documents to true")
+    if config.memory.keep_layers == "auto":
+        sys.exit("memory.keep_layers auto needs some steps to find its number, which would be timed; give a number")
     device = start_process_group()
     trainee: Trainee
     if options.trainee == "farspan":

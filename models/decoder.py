@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         config: ModelConfig,
         sharding: Sharding,
         *,
-        loss_chunk_tokens: int = 2048,
+        loss_chunk_tokens: int = 8192,
         backend: str = "auto",
         recomputation: Recomputation | None = None,
     ) -> None:

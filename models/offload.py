@@ -41,7 +41,7 @@ class HostMemory:
         self._newest: ref[OffloadedLayer] | None = None
 
     def layer(self, last: bool) -> OffloadedLayer:
-        """The memory of one call of a layer, in the order of the forward pass.
+        """The memory of one call of a layer, in the order of the forward pass; `last` says that none follows.
 
         From here on what the call before kept is on the host alone.
         """
@@ -90,7 +90,8 @@ class HostMemory:
 class OffloadedLayer:
     """What one call of a layer keeps, on the host.
 
-    `stays` is for the last layer: its backward pass comes first, so what it keeps never leaves the device.
+    `stays` is for the last of these layers: in the backward pass none of them comes before it and could start its
+    copies back, so what it keeps never leaves the device.
     """
 
     def __init__(self, host: HostMemory, before: ref[OffloadedLayer] | None, stays: bool) -> None:

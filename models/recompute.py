@@ -27,26 +27,39 @@ class DeviceMemory:
         return self._kept.pop(name, None)
 
 
+def on_device(last: bool) -> LayerMemory:
+    return DeviceMemory()
+
+
 class Recomputation:
     """Runs layers so that they keep little for the backward pass, which computes the rest again from it.
 
     `none` keeps all that autograd saves, `full` each layer's input only. `selective` keeps the input and attention's
     results: what comes before and after attention is computed again, attention (kernels and communication) never is.
-    The gradients are the same in every bit. `keep` makes the memory of one call of a layer, and is told which is last.
+    The gradients are the same in every bit. `keep` makes the memory of one call of a layer that is computed again, and
+    is told which of these is the last.
+
+    The last `keep_layers` layers keep everything. Of all layers they hold it for the shortest time, and it is gone
+    before the backward pass computes any layer again, so that it never adds to what that takes; the first layers would
+    hold theirs to the very end. The number may change between steps.
     """
 
     def __init__(
-        self, mode: RecomputeMode = "none", keep: Callable[[bool], LayerMemory] = lambda last: DeviceMemory()
+        self,
+        mode: RecomputeMode = "none",
+        keep: Callable[[bool], LayerMemory] = on_device,
+        keep_layers: int = 0,
     ) -> None:
-        self.mode, self.keep = mode, keep
+        self.mode, self.keep, self.keep_layers = mode, keep, keep_layers
 
     def __call__(self, layers: nn.ModuleList, x: Tensor, context: AttentionContext) -> Tensor:
         """The layers one after another, `[tokens, hidden]` to `[tokens, hidden]`."""
-        for layer in layers:
-            if self.mode == "none" or not torch.is_grad_enabled():
+        again = 0 if self.mode == "none" or not torch.is_grad_enabled() else len(layers) - self.keep_layers
+        for number, layer in enumerate(layers, start=1):
+            if number > again:
                 x = layer(x, context)
                 continue
-            call = _LayerCall(layer, x, context, self.mode, self.keep(layer is layers[-1]))
+            call = _LayerCall(layer, x, context, self.mode, self.keep(number == again))
             # Nothing in a layer draws random numbers, so there is no state of theirs to put back.
             x = checkpoint(call, use_reentrant=False, preserve_rng_state=False)
         return x

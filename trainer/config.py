@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from farspan.kernels import BACKENDS
 from farspan.models.config import ModelConfig, RecomputeMode
@@ -66,8 +66,8 @@ class TrainSection(_Section):
     """Rows that one forward pass of a data rank takes."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Dtype of weights in the forward and backward passes; optimizer state is fp32 always."""
-    loss_chunk_tokens: int = Field(2048, gt=0)
-    """Tokens whose logits exist at once."""
+    loss_chunk_tokens: int = Field(8192, gt=0)
+    """Tokens whose logits exist at once; larger chunks are hardly faster, smaller ones save memory."""
 
     @model_validator(mode="after")
     def _check_rows(self) -> TrainSection:
@@ -114,6 +114,20 @@ class MemorySection(_Section):
     attention, whose results are kept as the layer's input is (`selective`). Gradients are the same in every bit."""
     offload: bool = False
     """Move what is kept to pinned host memory and back, beside the computation; needs CUDA and recomputation."""
+    keep_layers: int | Literal["auto"] = 0
+    """How many layers, the last ones, keep everything, as with `recompute: none`: as many as memory is left for. `auto`
+    begins with one, and raises the number after the first steps as far as 5 % of the GPU's memory stay free."""
+
+    @field_validator("keep_layers", mode="before")
+    @classmethod
+    def _check_keep_layers(cls, given: object) -> object:
+        if given != "auto" and (type(given) is not int or given < 0):
+            raise ValueError(f"memory.keep_layers is {given!r}; it must be a number of layers, or auto")
+        return given
+
+    @property
+    def keep_layers_at_first(self) -> int:
+        return 1 if self.keep_layers == "auto" else self.keep_layers
 
 
 class OptimizerSection(_Section):
@@ -191,12 +205,24 @@ class RunConfig(_Section):
             )
         if self.parallel.sequence_parallel and self.parallel.tensor == 1:
             raise ValueError("parallel.sequence_parallel divides tokens over tensor ranks, but parallel.tensor is 1")
-        if self.memory.offload and self.memory.recompute == "none":
+        self.model.check_tensor_degree(self.parallel.tensor)
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> RunConfig:
+        memory, layers = self.memory, self.model.layers
+        if memory.offload and memory.recompute == "none":
             raise ValueError(
                 "memory.offload moves what recomputation starts from, but memory.recompute is none; "
                 "set memory.recompute to selective or full"
             )
-        self.model.check_tensor_degree(self.parallel.tensor)
+        if memory.keep_layers and memory.recompute == "none":
+            raise ValueError(
+                f"memory.keep_layers {memory.keep_layers} spares layers from recomputation, but memory.recompute is "
+                "none, which spares all; set memory.keep_layers to 0"
+            )
+        if memory.keep_layers_at_first > layers:
+            raise ValueError(f"memory.keep_layers {memory.keep_layers} is more than model.layers {layers}; lower it")
         return self
 
 

@@ -17,6 +17,7 @@ from farspan.parallel.degrees import Degrees, MeshError
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.describe_backends import attention_problem
+from farspan.trainer.host_memory import check_host_memory
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ def check(config: RunConfig, processes: int) -> Preflight:
                 f"{here} processes on this machine need as many GPUs, but it has {torch.cuda.device_count()}; "
                 "change launch.processes"
             )
+        check_host_memory(config, degrees, here)
     elif config.parallel.sequence_parallel:
         raise ConfigError(
             "parallel.sequence_parallel needs CUDA (Megatron's own operators do); set it to false on a CPU"
         )
     elif config.memory.offload:
         raise ConfigError("memory.offload moves tensors from a GPU to its host, and there is no GPU; set it to false")
+    elif config.memory.keep_layers == "auto":
+        raise ConfigError("memory.keep_layers auto measures a GPU's memory, and there is no GPU; set it to a number")
     try:
         gpu = capability(torch.device("cuda")) if torch.cuda.is_available() else None
         check_backend(attention_problem(config, gpu), config.attention.backend)

@@ -15,9 +15,10 @@ from farspan.models.config import ModelConfig
 from farspan.models.decoder import Decoder
 from farspan.models.layers import Sharding
 from farspan.models.offload import HostMemory
-from farspan.models.recompute import Recomputation
+from farspan.models.recompute import Recomputation, on_device
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.callbacks.evaluation import Evaluation
+from farspan.trainer.callbacks.keeping import Keeping
 from farspan.trainer.callbacks.recording import Recording
 from farspan.trainer.callbacks.saving import Saving
 from farspan.trainer.checkpoint.state import RunState
@@ -70,7 +71,10 @@ def train_on(
     model = build_model(config, preflight.model, mesh)
     feed = Feed(config, preflight.model, preflight.prepared, mesh)
     engine = Engine(config, mesh, model)
-    callbacks: list[Callback] = [Evaluation(config.eval.every)]
+    callbacks: list[Callback] = []
+    if config.memory.keep_layers == "auto":  # the first of all, for it looks at the memory of training alone
+        callbacks.append(Keeping(model, report))
+    callbacks.append(Evaluation(config.eval.every))
     recording = Recording(directory, found.step if found else 0, report) if leads else None
     if recording is not None:
         callbacks.append(recording)
@@ -91,13 +95,13 @@ def train_on(
 def build_model(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Decoder:
     """The decoder with its initial weights; `model` is the configuration's, with its vocabulary known."""
     memory = config.memory
-    keep = HostMemory(mesh.device).layer if memory.offload else None
+    keep = HostMemory(mesh.device).layer if memory.offload else on_device
     return Decoder(
         model,
         Sharding(mesh.degrees.tensor, config.parallel.sequence_parallel, config.run.seed),
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         backend=config.attention.backend,
-        recomputation=Recomputation(memory.recompute, keep) if keep else Recomputation(memory.recompute),
+        recomputation=Recomputation(memory.recompute, keep, memory.keep_layers_at_first),
     )
 
 

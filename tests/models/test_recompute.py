@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -18,10 +19,10 @@ from farspan.kernels import masks
 from farspan.models import offload
 from farspan.models.attention import AttentionContext
 from farspan.models.config import ModelConfig, RecomputeMode
-from farspan.models.decoder import Decoder, DecoderInput
+from farspan.models.decoder import Decoder, DecoderInput, Layer
 from farspan.models.layers import Sharding
 from farspan.models.offload import HostMemory
-from farspan.models.recompute import Recomputation
+from farspan.models.recompute import DeviceMemory, Recomputation, on_device
 from farspan.parallel import execute, orders, plans
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.execute import LayerMemory
@@ -49,7 +50,7 @@ CONFIG = ModelConfig(
 
 @contextmanager
 def counted_calls() -> Iterator[Counter[str]]:
-    """Counts the kernels that the executor calls, and the messages that it sends."""
+    """Counts the layers that are computed, the kernels that the executor calls, and the messages that it sends."""
     calls: Counter[str] = Counter()
 
     def counting(name: str, function: Callable[..., Any], cost: Callable[..., int]) -> Any:
@@ -60,6 +61,7 @@ def counted_calls() -> Iterator[Counter[str]]:
         return call
 
     with (
+        mock.patch.object(Layer, "forward", counting("layers", Layer.forward, lambda *_: 1)),
         mock.patch.object(execute, "attend", counting("forward", execute.attend, lambda *_: 1)),
         mock.patch.object(execute, "attend_backward", counting("backward", execute.attend_backward, lambda *_: 1)),
         mock.patch.object(Wire, "send", counting("sent", Wire.send, lambda wire, outgoing, incoming: len(outgoing))),
@@ -103,13 +105,18 @@ def step(mesh: Mesh, recomputation: Recomputation) -> Step:
     return [losses for _, losses in outputs], gradients, dict(calls)
 
 
-def steps(rank: int, world: int, context: int, tensor: int) -> dict[tuple[RecomputeMode, bool], Step]:
+# Mode, whether what is kept goes to the host, and how many layers keep everything.
+Case = tuple[RecomputeMode, bool, int]
+MODES: tuple[RecomputeMode, ...] = ("full", "selective")
+CASES: list[Case] = [("none", False, 0), ("selective", False, LAYERS), *product(MODES, (False, True), (0, 2))]
+
+
+def steps(rank: int, world: int, context: int, tensor: int) -> dict[Case, Step]:
     mesh = Mesh.create(Degrees(world // (context * tensor), context, tensor), CPU)
-    modes: tuple[RecomputeMode, ...] = ("none", "full", "selective")
     try:
-        results = {(mode, False): step(mesh, Recomputation(mode)) for mode in modes}
         with mock.patch.object(offload, "PAGE_BYTES", 256):  # most tensors have several pages, and none a whole number
-            return results | {(m, True): step(mesh, Recomputation(m, HostMemory(CPU).layer)) for m in modes[1:]}
+            keeps = {False: on_device, True: HostMemory(CPU).layer}
+            return {case: step(mesh, Recomputation(case[0], keeps[case[1]], case[2])) for case in CASES}
     finally:
         mesh.destroy()
 
@@ -117,23 +124,41 @@ def steps(rank: int, world: int, context: int, tensor: int) -> dict[tuple[Recomp
 @pytest.mark.parametrize(("context", "tensor"), [(1, 1), (2, 1), (2, 2)])
 def test_the_same_bits_and_attention_once(pool: Pool, context: int, tensor: int) -> None:
     for results in pool.run(context * tensor, steps, context, tensor):
-        losses, gradients, calls = results["none", False]
+        losses, gradients, calls = results["none", False, 0]
+        assert calls["layers"] == LAYERS * MICRO_BATCHES
         assert calls["forward"] >= LAYERS * MICRO_BATCHES
         assert (calls.get("sent", 0) > 0) == (context > 1)
-        for (mode, offloaded), (other_losses, other_gradients, other_calls) in results.items():
-            case = f"{mode}, offloaded: {offloaded}"
+        for (mode, offloaded, keep_layers), (other_losses, other_gradients, other_calls) in results.items():
+            case = f"{mode}, offloaded: {offloaded}, layers that keep everything: {keep_layers}"
+            again = 0 if mode == "none" else LAYERS - keep_layers
             assert all(map(torch.equal, other_losses, losses)), case
             assert [name for name in gradients if not torch.equal(other_gradients[name], gradients[name])] == [], case
+            assert other_calls["layers"] == (LAYERS + again) * MICRO_BATCHES, case
+            assert other_calls["backward"] == calls["backward"], case
             if mode == "full":
-                assert other_calls["forward"] == 2 * calls["forward"], case
-                assert other_calls["backward"] == calls["backward"], case
+                assert other_calls["forward"] * LAYERS == calls["forward"] * (LAYERS + again), case
             else:
-                assert other_calls == calls, case
+                assert other_calls | {"layers": 0} == calls | {"layers": 0}, case
 
 
 class Square(nn.Module):
     def forward(self, x: Tensor, context: object) -> Tensor:
         return x * x
+
+
+def test_the_last_layers_are_those_that_keep_everything() -> None:
+    called: list[str] = []
+
+    def keep(last: bool) -> LayerMemory:
+        called.append(f"kept, last: {last}")
+        return DeviceMemory()
+
+    layers = nn.ModuleList([Square() for _ in range(4)])
+    for name, layer in layers.named_children():
+        layer.register_forward_hook(lambda *_, name=name: called.append(name))
+    x = torch.full((3,), 1.5, requires_grad=True)
+    Recomputation("full", keep, 2)(layers, x, mock.Mock())
+    assert called == ["kept, last: False", "0", "kept, last: True", "1", "2", "3"]
 
 
 def test_a_second_backward_pass_is_refused() -> None:

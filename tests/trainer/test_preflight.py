@@ -117,6 +117,12 @@ def test_offloading_without_cuda(config_file: Path) -> None:
     assert message == "memory.offload moves tensors from a GPU to its host, and there is no GPU; set it to false"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has memory to measure")
+def test_measuring_memory_without_cuda(config_file: Path) -> None:
+    message = refusal(config_file, 1, "memory.keep_layers=auto")
+    assert message == "memory.keep_layers auto measures a GPU's memory, and there is no GPU; set it to a number"
+
+
 def test_tokens_that_sequence_parallelism_cannot_divide(config_file: Path) -> None:
     overrides = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.context=1"]
     rows = ["train.sequence_length=63", "train.tokens_per_step=63", "parallel.order=contiguous"]
