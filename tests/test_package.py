@@ -42,10 +42,11 @@ def test_every_folder_with_python_files_is_a_listed_package() -> None:
     assert PROJECT["tool"]["setuptools"]["package-dir"] == {f"farspan.{room}": room for room in ROOMS}
 
 
-def test_every_yaml_file_is_package_data() -> None:
+def test_every_data_file_is_package_data() -> None:
     folders = {path.parent.relative_to(ROOT) for path in CONFIGS}
     listed = PROJECT["tool"]["setuptools"]["package-data"]
-    assert listed == {".".join(("farspan", *folder.parts)): ["*.yaml"] for folder in folders}
+    yaml_files = {".".join(("farspan", *folder.parts)): ["*.yaml"] for folder in folders}
+    assert listed == {"farspan.kernels": ["rates.json"], **yaml_files}
 
 
 def test_no_generic_name_is_installed(tmp_path: Path) -> None:

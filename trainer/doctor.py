@@ -123,7 +123,8 @@ def _first_mask(config: RunConfig, order: Order, data: int) -> tuple[IntervalMas
     taken = [rows.row(sample) for sample in rows.samples(0, 0, 0)]
     documents = sum(len(row.cu_seqlens) - 1 for row in taken)
     seen = "seen across documents" if across else "each seen by itself"
-    words = f"the first of training: {len(taken)} x {length:,} tokens, {documents} documents, {seen}"
+    plural = "" if documents == 1 else "s"
+    words = f"the first of training: {len(taken)} x {length:,} tokens, {documents} document{plural}, {seen}"
     return make_batch(taken, order, 0, across_documents=across).mask, words
 
 
