@@ -29,7 +29,7 @@ Report = Callable[[str], None]
 Capability = tuple[int, int]
 
 _PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "flash-attn-4")
-# As many ranks, from the first to the last, meet every kind of piece that a plan has.
+# Ranks that are looked at, evenly from the first to the last: all 64 of a million tokens would take minutes.
 _RANKS = 4
 _DRIVER = Path("/proc/driver/nvidia/version")
 # What backends are asked about without a configuration: the heads of most models of today.
