@@ -47,8 +47,8 @@ class Cut:
 def rectangles(mask: IntervalMask, keys: int, smallest: int = 1024, most: int = 8) -> Cut:
     """The runs of rows whose intervals stay, or whose end moves one key a row, as rectangles; the rest as a mask.
 
-    Only runs of at least `smallest` squared pairs count, and of these the `most` largest: a call has its costs, so
-    windows, whose every row is a run of its own, and many small documents are left to other kernels. A batch
+    Of several runs those of at least `smallest` squared pairs count, and of these the `most` largest: a call has its
+    costs, so windows, whose every row is a run of its own, and many small documents are left to other kernels. A batch
     whose masks may differ is left whole.
     """
     name = f"rectangles of {keys} by {smallest}, {most}"
@@ -63,7 +63,8 @@ def _cut(mask: IntervalMask, keys: int, smallest: int, most: int) -> Cut:
         return Cut((), mask)
     bounds = [bound[0].cpu().numpy().astype(np.int64) for bound in mask.bounds]
     seen = np.cumsum(np.concatenate([[0], bounds[1] - bounds[0] + bounds[3] - bounds[2]]))
-    large = [run for run in _runs(bounds) if seen[run[1]] - seen[run[0]] >= smallest**2]
+    runs = _runs(bounds)
+    large = [run for run in runs if len(runs) == 1 or seen[run[1]] - seen[run[0]] >= smallest**2]
     largest = sorted(large, key=lambda run: seen[run[0]] - seen[run[1]])[:most]
     chosen = tuple(part for first, stop in sorted(largest) for part in _of_run(first, stop, bounds))
     covered = torch.zeros(mask.rows, dtype=torch.bool)

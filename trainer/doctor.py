@@ -29,7 +29,7 @@ Report = Callable[[str], None]
 Capability = tuple[int, int]
 
 _PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "flash-attn-4")
-# As many ranks, from the first to the last, meet every kind of piece that a plan has.
+# Ranks that are looked at, evenly from the first to the last: all 64 of a million tokens would take minutes.
 _RANKS = 4
 _DRIVER = Path("/proc/driver/nvidia/version")
 # What backends are asked about without a configuration: the heads of most models of today.
@@ -123,7 +123,8 @@ def _first_mask(config: RunConfig, order: Order, data: int) -> tuple[IntervalMas
     taken = [rows.row(sample) for sample in rows.samples(0, 0, 0)]
     documents = sum(len(row.cu_seqlens) - 1 for row in taken)
     seen = "seen across documents" if across else "each seen by itself"
-    words = f"the first of training: {len(taken)} x {length:,} tokens, {documents} documents, {seen}"
+    plural = "" if documents == 1 else "s"
+    words = f"the first of training: {len(taken)} x {length:,} tokens, {documents} document{plural}, {seen}"
     return make_batch(taken, order, 0, across_documents=across).mask, words
 
 

@@ -79,7 +79,7 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for verb in ("train", "prepare", "plan", "checkpoint"):
+    for verb in ("train", "prepare", "plan", "doctor", "checkpoint"):
         assert re.search(rf"^ +{verb}\b", shown, re.MULTILINE), verb
         with pytest.raises(SystemExit) as ended:
             main([verb, "--help"])
@@ -275,6 +275,74 @@ def test_plan_refuses_an_impossible_mesh(
 ) -> None:
     arguments = ["plan", str(prepared / "config.yaml"), "launch.processes=6", "parallel.context=4"]
     check_refused(arguments, "6 processes cannot be divided into parallel.context 4", prepared, launches, capsys)
+
+
+# doctor
+
+
+def doctor_lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert main(["doctor", *arguments]) == 0
+    written = capsys.readouterr()
+    assert written.err == ""
+    return [" ".join(line.split()) for line in written.out.splitlines()]
+
+
+def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = doctor_lines(capsys)
+    assert f"torch {torch.__version__}".split("+")[0] in " ".join(lines)
+    assert "reference can run" in lines
+    if not torch.cuda.is_available():
+        assert "device no GPU;" in " ".join(lines)
+        assert "cudnn needs a GPU" in lines
+        assert lines[-1] == "auto means reference here, for there is no GPU"
+
+
+def test_doctor_speaks_of_another_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = doctor_lines(capsys, "--gpu", "sm_90")
+    assert "cudnn can run" in lines
+    assert lines[-1].startswith("auto chooses by what was measured on NVIDIA H200 (sm_90, torch ")
+    assert "otherwise" not in lines[-1]
+    older = doctor_lines(capsys, "--gpu", "sm_80")
+    assert "cudnn needs a GPU of compute capability 9.0 or newer" in older
+    assert older[-1].endswith("; sm_80 may rank them otherwise, which benchmarks/rates.py measures")
+    with pytest.raises(SystemExit):
+        main(["doctor", "--gpu", "h100"])
+    assert "a compute capability is written like sm_90, not 'h100'" in capsys.readouterr().err
+
+
+RING = ("launch.processes=2", "parallel.context=2", "model.head_dim=64", "train.sequence_length=8192")
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_doctor_says_who_computes_each_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    """Without text a row is one document, whose zigzag ring has three kinds of piece."""
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path))
+    lines = doctor_lines(
+        capsys, str(config), *RING, "train.tokens_per_step=8192", f"attention.backend={backend}", "--gpu", "sm_90"
+    )
+    assert "attention of fp32 with head dim 64, on sm_90:" in lines
+    assert any(line.startswith("batch rows of one document, 8,192 tokens, since there is no text. ") for line in lines)
+    assert f"pieces of one layer on context rank 0, 1 of 2, with attention.backend {backend}:" in lines
+    assert lines[-3:] == [
+        "2 causal 4096 x 4096: forward triton, backward triton",
+        "1 full 2048 x 4096: forward triton, backward triton",
+        "1 full 4096 x 2048: forward triton, backward triton",
+    ]
+
+
+def test_doctor_reads_the_first_batch(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = doctor_lines(capsys, str(prepared / "config.yaml"))
+    (batch,) = (line for line in lines if line.startswith("batch "))
+    assert re.fullmatch(r"batch the first of training: 1 x 64 tokens, \d+ documents?, each seen by itself", batch)
+    assert re.fullmatch(r"1 (causal|general) 64 x 64: forward reference, backward reference", lines[-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what needs a GPU")
+@pytest.mark.parametrize("verb", ["doctor", "train"])
+def test_a_backend_that_cannot_run_is_refused(prepared: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, str(prepared / "config.yaml"), "attention.backend=cudnn"]) == 2
+    assert capsys.readouterr().err == "farspan: attention.backend is 'cudnn', but cudnn needs a GPU; set it to auto\n"
 
 
 # checkpoint

@@ -113,6 +113,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("straight") / "run", prepared)
     out, _ = run.train()
     assert "the run is complete: 10 of 10 steps" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("attention of the first batch: "))
+    assert "128 x 128: forward " in line
     return run
 
 
