@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backends import REGISTRY
+from farspan.kernels.backends.base import BackwardCall, ForwardCall
 from farspan.kernels.choice import alone, parts
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.problem import Problem
-from farspan.kernels.triton import rows
+from farspan.kernels.triton import rows as row_kernels
 
 
 def attend(
@@ -47,12 +48,13 @@ def attend(
     calls = parts(problem, mask, backend)
     if alone(calls, problem, mask):
         part = calls[0]
-        return REGISTRY[part.backend].attend(q, k[:, part.keys], v[:, part.keys], part.mask, scale, dtype, accumulate)
+        call = ForwardCall(q, k[:, part.keys], v[:, part.keys], part.mask, scale, dtype, accumulate)
+        return REGISTRY[part.backend].attend(call)
     out, lse = _nothing(q, v) if accumulate is None else accumulate
     for part in calls:
         total = out[:, part.rows], lse[:, :, part.rows]
-        keys, values = k[:, part.keys], v[:, part.keys]
-        REGISTRY[part.backend].attend(q[:, part.rows], keys, values, part.mask, scale, out.dtype, total)
+        rows, keys, values = q[:, part.rows], k[:, part.keys], v[:, part.keys]
+        REGISTRY[part.backend].attend(ForwardCall(rows, keys, values, part.mask, scale, out.dtype, total))
     return out.to(dtype) if accumulate is None else out, lse
 
 
@@ -93,8 +95,8 @@ def attend_backward(
     problem = Problem.of(q, k, v, backward=True, accumulate=accumulates, out_given=out is not None)
     calls = parts(problem, mask, backend)
     if alone(calls, problem, mask):
-        compute = REGISTRY[calls[0].backend].attend_backward
-        return compute(dout, q, k, v, out, lse, delta, calls[0].mask, scale, dtype, accumulate)
+        call = BackwardCall(dout, q, k, v, out, lse, delta, calls[0].mask, scale, dtype, accumulate)
+        return REGISTRY[calls[0].backend].attend_backward(call)
     work = accumulation_dtype(q.dtype)
     totals = tuple(
         torch.zeros_like(x, dtype=work, memory_format=torch.contiguous_format) if total is None else total
@@ -102,7 +104,7 @@ def attend_backward(
     )
     for part in calls:
         rows, keys = part.rows, part.keys
-        REGISTRY[part.backend].attend_backward(
+        call = BackwardCall(
             dout[:, rows],
             q[:, rows],
             k[:, keys],
@@ -115,6 +117,7 @@ def attend_backward(
             work,
             (totals[0][:, rows], totals[1][:, keys], totals[2][:, keys]),
         )
+        REGISTRY[part.backend].attend_backward(call)
     dq, dk, dv = (sum_.to(dtype) if total is None else total for sum_, total in zip(totals, accumulate, strict=True))
     return dq, dk, dv
 
@@ -123,7 +126,7 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """`rowsum(dout * out)` `[B, H, S]` in the accumulation dtype: what the softmax's gradient subtracts."""
     work = accumulation_dtype(dout.dtype)
     if dout.device.type == "cuda" and work == torch.float32:
-        return rows.row_delta(dout, out)
+        return row_kernels.row_delta(dout, out)
     return (dout.to(work) * out.to(work)).sum(-1).transpose(1, 2)
 
 

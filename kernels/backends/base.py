@@ -1,7 +1,8 @@
-"""What every backend is: two functions and a word on what it can compute."""
+"""What every backend is: two functions, each of one call, and a word on what it can compute."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,12 +11,62 @@ from torch import Tensor
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import merge_into
 from farspan.kernels.problem import Problem
+from farspan.kernels.tiles import TileMap
 
-Accumulated = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+@dataclass(frozen=True, eq=False)
+class ForwardCall:
+    """The arguments of `farspan.kernels.attend`, checked and with their defaults set."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: IntervalMask
+    scale: float
+    out_dtype: torch.dtype
+    accumulate: tuple[Tensor, Tensor] | None
+
+    def deliver(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """For a backend that makes its own result: that result, or what it was merged into."""
+        if self.accumulate is None:
+            return out.to(self.out_dtype), lse
+        merge_into(*self.accumulate, out, lse)
+        return self.accumulate
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardCall:
+    """The arguments of `farspan.kernels.attend_backward`, checked and with their defaults set."""
+
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor | None
+    lse: Tensor
+    delta: Tensor
+    mask: IntervalMask
+    scale: float
+    out_dtype: torch.dtype
+    accumulate: tuple[Tensor | None, Tensor | None, Tensor | None]
+
+    def deliver(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """For a backend that makes its own gradients: each as it is, or added to the total that was given for it."""
+        dq, dk, dv = (
+            gradient.to(self.out_dtype) if total is None else total.add_(gradient)
+            for gradient, total in zip(gradients, self.accumulate, strict=True)
+        )
+        return dq, dk, dv
+
+
+def is_causal(call: ForwardCall | BackwardCall) -> bool:
+    """Of a call over a rectangle, whether it is causal, and not full."""
+    keys = call.k.shape[1]
+    return TileMap.of(call.mask, keys).offset != keys
 
 
 class Backend(Protocol):
-    """Arguments are those of `farspan.kernels.attend` and `attend_backward`, checked and with their defaults set."""
+    """A module or an object that computes attention."""
 
     any_mask: bool
     """Whether every interval mask can be computed, or only rectangles: full ones, and causal ones that are square."""
@@ -23,49 +74,6 @@ class Backend(Protocol):
     def refusal(self, problem: Problem) -> str | None:
         """Why such tensors cannot be taken, whatever the mask; None if they can."""
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: IntervalMask,
-        scale: float,
-        out_dtype: torch.dtype,
-        accumulate: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor]: ...
+    def attend(self, call: ForwardCall) -> tuple[Tensor, Tensor]: ...
 
-    def attend_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor,
-        mask: IntervalMask,
-        scale: float,
-        out_dtype: torch.dtype,
-        accumulate: Accumulated,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-def deliver(
-    out: Tensor, lse: Tensor, out_dtype: torch.dtype, accumulate: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """For a backend that makes its own result: that result, or what it was merged into."""
-    if accumulate is None:
-        return out.to(out_dtype), lse
-    merge_into(*accumulate, out, lse)
-    return accumulate
-
-
-def deliver_gradients(
-    gradients: tuple[Tensor, ...], out_dtype: torch.dtype, accumulate: Accumulated
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for gradients: each is new, or has been added to the total that was given for it."""
-    dq, dk, dv = (
-        gradient.to(out_dtype) if total is None else total.add_(gradient)
-        for gradient, total in zip(gradients, accumulate, strict=True)
-    )
-    return dq, dk, dv
+    def attend_backward(self, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -8,10 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from farspan.kernels.backends.base import Accumulated, deliver, deliver_gradients
-from farspan.kernels.masks import IntervalMask
+from farspan.kernels.backends.base import BackwardCall, ForwardCall, is_causal
 from farspan.kernels.problem import Problem
-from farspan.kernels.tiles import TileMap
 
 any_mask = False
 
@@ -31,43 +29,21 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: IntervalMask,
-    scale: float,
-    out_dtype: torch.dtype,
-    accumulate: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+def attend(call: ForwardCall) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    causal = TileMap.of(mask, k.shape[1]).offset != k.shape[1]
-    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
-    return deliver(out, lse, out_dtype, accumulate)
+    given = {"softmax_scale": call.scale, "causal": is_causal(call)}
+    out, lse, *_ = _flash_attn_fwd(call.q, call.k, call.v, **given, return_lse=True)
+    return call.deliver(out, lse)
 
 
-def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
-    mask: IntervalMask,
-    scale: float,
-    out_dtype: torch.dtype,
-    accumulate: Accumulated,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    assert out is not None, "see refusal"
-    causal = TileMap.of(mask, k.shape[1]).offset != k.shape[1]
-    gradients = _flash_attn_bwd(
-        q, k, v, out, dout.contiguous(), lse.contiguous(), softmax_scale=scale, causal=causal, deterministic=True
-    )
-    return deliver_gradients(gradients[:3], out_dtype, accumulate)
+    assert call.out is not None, "see refusal"
+    given = {"softmax_scale": call.scale, "causal": is_causal(call), "deterministic": True}
+    dout, lse = call.dout.contiguous(), call.lse.contiguous()
+    return call.deliver(_flash_attn_bwd(call.q, call.k, call.v, call.out, dout, lse, **given)[:3])
 
 
 @cache

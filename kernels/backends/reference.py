@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from farspan.kernels.backends.base import Accumulated, deliver, deliver_gradients
+from farspan.kernels.backends.base import BackwardCall, ForwardCall
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.problem import Problem
@@ -28,22 +28,15 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: IntervalMask,
-    scale: float,
-    out_dtype: torch.dtype,
-    accumulate: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+def attend(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
     work = accumulation_dtype(q.dtype)
     batch, rows, heads, _ = q.shape
     queries, keys, values = _grouped(q, k.shape[2]), _by_head(k), _by_head(v)
     out = q.new_zeros(batch, rows, heads, v.shape[3], dtype=work)
     lse = q.new_full((batch, heads, rows), float("-inf"), dtype=work)
-    for tile in _tiles(mask, q, k):
-        weights = _scores(queries, keys, mask, tile, scale)
+    for tile in _tiles(call.mask, q, k):
+        weights = _scores(queries, keys, call.mask, tile, call.scale)
         highest = _finite(weights.amax(-1))
         weights.sub_(highest[..., None]).exp_()
         total = weights.sum(-1)
@@ -52,32 +45,21 @@ def attend(
         part.div_(torch.where(total == 0, torch.ones_like(total), total)[..., None])
         out[:, tile.rows] = _ungrouped(part)
         lse[:, :, tile.rows] = (highest + total.log()).flatten(1, 2)
-    return deliver(out, lse, out_dtype, accumulate)
+    return call.deliver(out, lse)
 
 
-def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
-    mask: IntervalMask,
-    scale: float,
-    out_dtype: torch.dtype,
-    accumulate: Accumulated,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, scale = call.q, call.k, call.v, call.scale
     work = accumulation_dtype(q.dtype)
     kv_heads = k.shape[2]
-    queries, keys, values, gradients = _grouped(q, kv_heads), _by_head(k), _by_head(v), _grouped(dout, kv_heads)
-    row_lse = lse.unflatten(1, (kv_heads, -1))
-    row_delta = delta.unflatten(1, (kv_heads, -1))
+    queries, keys, values, gradients = _grouped(q, kv_heads), _by_head(k), _by_head(v), _grouped(call.dout, kv_heads)
+    row_lse = call.lse.unflatten(1, (kv_heads, -1))
+    row_delta = call.delta.unflatten(1, (kv_heads, -1))
     dq = torch.zeros_like(q, dtype=work)
     dk = torch.zeros_like(keys, dtype=work, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(values, dtype=work, memory_format=torch.contiguous_format)
-    for tile in _tiles(mask, q, k):
-        weights = _scores(queries, keys, mask, tile, scale)
+    for tile in _tiles(call.mask, q, k):
+        weights = _scores(queries, keys, call.mask, tile, scale)
         shape = weights.shape[2:4]
         weights.sub_(_finite(row_lse[..., tile.rows])[..., None]).exp_()
         weights = weights.flatten(2, 3)
@@ -88,7 +70,7 @@ def attend_backward(
         ds.sub_(row_delta[..., tile.rows].flatten(2, 3)[..., None]).mul_(weights)
         dq[:, tile.rows] = _ungrouped((ds @ keys[:, :, tile.keys].to(work)).unflatten(2, shape)) * scale
         dk[:, :, tile.keys] += ds.transpose(-1, -2) @ (rows * scale)
-    return deliver_gradients((dq, dk.transpose(1, 2), dv.transpose(1, 2)), out_dtype, accumulate)
+    return call.deliver((dq, dk.transpose(1, 2), dv.transpose(1, 2)))
 
 
 class _Tile:

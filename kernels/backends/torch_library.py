@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from farspan.kernels.backends import reference
-from farspan.kernels.backends.base import Accumulated, deliver, deliver_gradients
-from farspan.kernels.masks import IntervalMask
+from farspan.kernels.backends.base import BackwardCall, ForwardCall, is_causal
 from farspan.kernels.problem import Problem
-from farspan.kernels.tiles import TileMap
 
 
 class TorchLibrary:
@@ -43,51 +41,29 @@ class TorchLibrary:
             return f"{self.name} computes delta itself and needs the global out, which rows that travel leave behind"
         return None
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: IntervalMask,
-        scale: float,
-        out_dtype: torch.dtype,
-        accumulate: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
-        if q.shape[1] == k.shape[1] == 1:  # which cuDNN refuses
-            return reference.attend(q, k, v, mask, scale, out_dtype, accumulate)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        causal = _is_causal(mask, k.shape[2])
+    def attend(self, call: ForwardCall) -> tuple[Tensor, Tensor]:
+        if call.q.shape[1] == call.k.shape[1] == 1:  # which cuDNN refuses
+            return reference.attend(call)
+        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+        causal, scale = is_causal(call), call.scale
         if self.name == "cudnn":
             out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 q, k, v, None, True, 0.0, causal, False, scale=scale
             )
         else:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return deliver(out.transpose(1, 2), lse.view(q.shape[:3]), out_dtype, accumulate)
+        return call.deliver(out.transpose(1, 2), lse.view(q.shape[:3]))
 
-    def attend_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor,
-        mask: IntervalMask,
-        scale: float,
-        out_dtype: torch.dtype,
-        accumulate: Accumulated,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if q.shape[1] == k.shape[1] == 1:
-            return reference.attend_backward(dout, q, k, v, out, lse, delta, mask, scale, out_dtype, accumulate)
-        assert out is not None, "see refusal"
-        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        causal = _is_causal(mask, k.shape[2])
+    def attend_backward(self, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+        if call.q.shape[1] == call.k.shape[1] == 1:
+            return reference.attend_backward(call)
+        assert call.out is not None, "see refusal"
+        dout, q, k, v, out = (x.transpose(1, 2) for x in (call.dout, call.q, call.k, call.v, call.out))
+        causal, scale = is_causal(call), call.scale
         # Neither dropout nor packed sequences: no seeds, no cumulative lengths.
         unused: Any = torch.zeros((), dtype=torch.int64, device=q.device)
         lengths = (None, None, q.shape[2], k.shape[2])
-        lse = lse.contiguous()  # flash does not look at its strides
+        lse = call.lse.contiguous()  # flash does not look at its strides
         if self.name == "cudnn":
             gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
                 dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, *lengths, 0.0, causal, scale=scale
@@ -96,9 +72,4 @@ class TorchLibrary:
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
                 dout, q, k, v, out, lse, *lengths, 0.0, causal, unused, unused, scale=scale
             )
-        return deliver_gradients(tuple(x.transpose(1, 2) for x in gradients), out_dtype, accumulate)
-
-
-def _is_causal(mask: IntervalMask, keys: int) -> bool:
-    """The caller has made sure that the mask is full, or causal and square."""
-    return TileMap.of(mask, keys).offset != keys
+        return call.deliver(tuple(x.transpose(1, 2) for x in gradients))

@@ -6,8 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from farspan.kernels.backends.base import Accumulated
-from farspan.kernels.masks import IntervalMask
+from farspan.kernels.backends.base import BackwardCall, ForwardCall
 from farspan.kernels.problem import Problem
 from farspan.kernels.tiles import TileMap
 from farspan.kernels.triton.hopper import launch as hopper
@@ -33,41 +32,23 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: IntervalMask,
-    scale: float,
-    out_dtype: torch.dtype,
-    accumulate: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    if accumulate is None:
-        out = q.new_empty(*q.shape[:3], v.shape[3], dtype=out_dtype)
+def attend(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    q, k, v = call.q, call.k, call.v
+    if call.accumulate is None:
+        out = q.new_empty(*q.shape[:3], v.shape[3], dtype=call.out_dtype)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     else:
-        out, lse = accumulate
+        out, lse = call.accumulate
     kernels = hopper if hopper.takes(q, v) else portable
-    kernels.forward(q, k, v, TileMap.of(mask, k.shape[1]), scale, out, lse, accumulate is not None)
+    kernels.forward(q, k, v, TileMap.of(call.mask, k.shape[1]), call.scale, out, lse, call.accumulate is not None)
     return out, lse
 
 
-def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
-    mask: IntervalMask,
-    scale: float,
-    out_dtype: torch.dtype,
-    accumulate: Accumulated,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (new_or(x, out_dtype, total) for x, total in zip((q, k, v), accumulate, strict=True))
-    adds = (accumulate[0] is not None, accumulate[1] is not None, accumulate[2] is not None)
-    lse, delta = last_contiguous(lse), last_contiguous(delta)
+def attend_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, totals = call.q, call.k, call.v, call.accumulate
+    dq, dk, dv = (new_or(x, call.out_dtype, total) for x, total in zip((q, k, v), totals, strict=True))
+    adds = (totals[0] is not None, totals[1] is not None, totals[2] is not None)
+    lse, delta = last_contiguous(call.lse), last_contiguous(call.delta)
     kernels = hopper if hopper.takes(q, v) else portable
-    kernels.backward(dout, q, k, v, lse, delta, TileMap.of(mask, k.shape[1]), scale, (dq, dk, dv), adds)
+    kernels.backward(call.dout, q, k, v, lse, delta, TileMap.of(call.mask, k.shape[1]), call.scale, (dq, dk, dv), adds)
     return dq, dk, dv

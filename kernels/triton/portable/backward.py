@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton.portable.walk import block_of, row_bounds, visible
+from farspan.kernels.triton.portable.walk import block_of, row_bounds, row_walk, visible
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -60,22 +60,13 @@ def dq_kernel(
     """dq of one tile of rows and one query head; arguments as in the forward kernel."""
     head, batch = tl.program_id(1), tl.program_id(2)
     kv_head = head // GROUP
-    if LISTS:
-        tiles = tl.cdiv(rows, TILE)
-        place = batch * mask_stride * tiles + tl.program_id(0) // (TILE // BLOCK_M)
-        tile = tl.load(longest_first + place)
-        first_row = tile * TILE + tl.program_id(0) % (TILE // BLOCK_M) * BLOCK_M
-        entry = batch * mask_stride * tiles + tile
-        full_first, full_stop = tl.load(full_start + entry), tl.load(full_start + entry + 1)
-        partial_first, partial_stop = tl.load(partial_start + entry), tl.load(partial_start + entry + 1)
-        SPLIT: tl.constexpr = TILE // BLOCK_N
-    else:
-        first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-        full_first = 0
-        full_stop = tl.maximum(tl.minimum(first_row + 1 + offset, keys), 0) // BLOCK_N
-        partial_first = full_stop
-        partial_stop = tl.cdiv(tl.minimum(tl.minimum(first_row + BLOCK_M, rows) + offset, keys), BLOCK_N)
-        SPLIT: tl.constexpr = 1
+    SPLIT: tl.constexpr = TILE // BLOCK_N if LISTS else 1
+    # fmt: off
+    first_row, full_first, full_stop, partial_first, partial_stop = row_walk(
+        batch, rows, keys, offset, full_start, partial_start, longest_first, mask_stride,
+        LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
+    )
+    # fmt: on
     row = first_row + tl.arange(0, BLOCK_M)
 
     q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
@@ -85,7 +76,7 @@ def dq_kernel(
     )
     total = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
 
-    for i in tl.range(full_first * SPLIT, full_stop * SPLIT):
+    for i in tl.range(full_first, full_stop):
         key = block_of(full_tiles, i, LISTS, SPLIT, TILE, BLOCK_N)
         k = k_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_DIM)
         v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
@@ -97,7 +88,7 @@ def dq_kernel(
     bounds = row_bounds(
         row, rows, keys, offset, begin, end, anchor_begin, anchor_end, batch * mask_stride * rows, LISTS
     )
-    for i in tl.range(partial_first * SPLIT, partial_stop * SPLIT):
+    for i in tl.range(partial_first, partial_stop):
         key = block_of(partial_tiles, i, LISTS, SPLIT, TILE, BLOCK_N)
         k = k_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_DIM)
         v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)

@@ -7,6 +7,39 @@ import triton.language as tl
 
 
 @triton.jit
+def row_walk(
+    batch,
+    rows,
+    keys,
+    offset,
+    full_start,
+    partial_start,
+    longest_first,
+    mask_stride,
+    LISTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """This program's first row, and its blocks of keys: those seen in full `[first, stop)`, and those to be tested."""
+    if LISTS:
+        tiles = tl.cdiv(rows, TILE)
+        place = batch * mask_stride * tiles
+        tile = tl.load(longest_first + place + tl.program_id(0) // (TILE // BLOCK_M))
+        first_row = tile * TILE + tl.program_id(0) % (TILE // BLOCK_M) * BLOCK_M
+        full_first, full_stop = tl.load(full_start + place + tile), tl.load(full_start + place + tile + 1)
+        partial_first, partial_stop = tl.load(partial_start + place + tile), tl.load(partial_start + place + tile + 1)
+    else:
+        first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
+        full_first = 0
+        full_stop = tl.maximum(tl.minimum(first_row + 1 + offset, keys), 0) // BLOCK_N
+        partial_first = full_stop
+        partial_stop = tl.cdiv(tl.minimum(tl.minimum(first_row + BLOCK_M, rows) + offset, keys), BLOCK_N)
+    return first_row, full_first * SPLIT, full_stop * SPLIT, partial_first * SPLIT, partial_stop * SPLIT
+
+
+@triton.jit
 def block_of(tiles, i, LISTS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """First key or row of the i-th block: block `i % SPLIT` of a tile in the list, or block i from 0 on."""
     if LISTS:
