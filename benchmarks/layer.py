@@ -14,9 +14,10 @@ import argparse
 import importlib.util
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +25,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from farspan.launch.quiet import quiet_libraries
 from farspan.models.compiled import compiled
 from farspan.models.config import ModelConfig
-from farspan.models.layers import rms_norm, silu_product
 from farspan.models.rotary import inverse_frequencies, rotate, rotation
 
 CHECKED = 512  # tokens that are compared with fp64
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
+    quiet_libraries()
     torch.manual_seed(0)
     model = ModelConfig.model_validate({"preset": options.model})
     results = [measure(op, name) for op in operations(model, options.tokens) for name in op.candidates]
@@ -58,6 +60,8 @@ def main() -> None:
 
 
 def operations(model: ModelConfig, tokens: int) -> Iterator[Op]:
+    from farspan.models.layers import rms_norm, silu_product  # imports Megatron
+
     hidden, inner, dim, epsilon = model.hidden_size, model.feed_forward_size, model.head_dim, model.norm_epsilon
 
     def normal(*shape: int) -> Tensor:
@@ -124,10 +128,8 @@ class Liger:
     def rotate(self, q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
         from liger_kernel.ops.rope import LigerRopeFunction
 
-        both = [torch.cat((x, x), -1).transpose(0, 1) for x in (cosine, sine)]
-        # It writes into its arguments, which in a model are the projections' results.
-        turned = LigerRopeFunction.apply(*(x.clone()[None].transpose(1, 2) for x in (q, k)), *both)
-        return turned[0].transpose(1, 2)[0], turned[1].transpose(1, 2)[0]
+        turned = LigerRopeFunction.apply(*(x[None].transpose(1, 2) for x in (q, k)), doubled(cosine), doubled(sine))
+        return turned[0].transpose(1, 2).squeeze(0), turned[1].transpose(1, 2).squeeze(0)
 
     def silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
@@ -135,22 +137,39 @@ class Liger:
         return LigerSiLUMulFunction.apply(gate, up)
 
 
+@cache
+def doubled(angles: Tensor) -> Tensor:
+    """`[tokens, 1, D / 2]` to `[1, tokens, D]`, as Liger wants it; once, as a model does it for all its layers."""
+    return torch.cat((angles, angles), -1).transpose(0, 1)
+
+
 def measure(op: Op, name: str) -> dict[str, Any]:
     function = op.candidates[name]
-    leaves = [x.requires_grad_() for x in op.inputs]
 
-    def forward() -> tuple[Tensor, ...]:
+    def leaves() -> list[Tensor]:
+        """Copies: Liger's functions write into what they are given, in both directions."""
+        return [x.clone().requires_grad_() for x in op.inputs]
+
+    def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
         outputs = function(*leaves, *op.constants)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    outputs = forward()
+    def graph() -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """For one backward pass: compiled functions give the graph's buffers away in it."""
+        given = leaves()
+        return forward(*given), given
+
+    def backward(outputs: tuple[Tensor, ...], given: list[Tensor]) -> None:
+        torch.autograd.grad(outputs, given, gradients)
+
+    outputs, _ = graph()
     gradients = [torch.randn_like(x) for x in outputs]
     inputs, results = (sum(x.nbytes for x in tensors) for tensors in (op.inputs, outputs))
     constants = sum(x.nbytes for x in op.constants)
-    # An output that is a sum of inputs only passes its gradient on.
-    forward_ms = milliseconds(forward)
-    backward_ms = milliseconds(lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True))
+    del outputs
+    forward_ms, backward_ms = milliseconds(forward, leaves), milliseconds(backward, graph)
     linear = op.name.startswith("rotary")
+    # An output that is a sum of inputs only passes its gradient on.
     added = len(op.inputs) == 3  # both addends have one gradient
     read = results + constants + (0 if linear else inputs - added * op.inputs[0].nbytes)
     written = inputs - added * op.inputs[0].nbytes
@@ -176,7 +195,7 @@ def error(op: Op, function: Function) -> float:
         return x[:CHECKED] if x.dim() > 1 else x
 
     def results(f: Function, dtype: torch.dtype | None) -> list[Tensor]:
-        leaves = [few(x).detach().to(dtype or x.dtype).requires_grad_() for x in op.inputs]
+        leaves = [few(x).to(dtype or x.dtype, copy=True).requires_grad_() for x in op.inputs]
         outputs = f(*leaves, *(few(x).to(dtype or x.dtype) for x in op.constants))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.manual_seed(1)
@@ -186,7 +205,7 @@ def error(op: Op, function: Function) -> float:
     with exact_functions():
         wanted = results(exact, torch.float64)
     pairs = zip(results(function, None), wanted, strict=True)
-    return max(float((got.double() - exact).norm() / exact.norm()) for got, exact in pairs)
+    return max(float((got.detach().double() - exact).norm() / exact.norm()) for got, exact in pairs)
 
 
 @contextmanager
@@ -205,19 +224,20 @@ def copy_rate(cache: list[float] = []) -> float:  # noqa: B006
     return cache[0]
 
 
-def milliseconds(function: Callable[[], Any], repeats: int = 20) -> float:
-    """Median of single calls after three to warm up."""
-    for _ in range(3):
-        function()
+def milliseconds(
+    function: Callable[..., Any], prepare: Callable[[], Sequence[Any]] = tuple, repeats: int = 20
+) -> float:
+    """Median of single calls after three to warm up; `prepare` makes the arguments of each, and is not timed."""
     times = []
-    for _ in range(repeats):
+    for _ in range(3 + repeats):
+        arguments = prepare()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        function()
+        function(*arguments)
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median(times[3:])
 
 
 def report(results: list[dict[str, Any]], title: str, output: Path | None) -> None:

@@ -24,11 +24,15 @@ import torch.distributed as dist
 from layer import milliseconds, report
 from torch import Tensor, nn
 
-from farspan.models import loss
+from farspan.launch.quiet import quiet_libraries
 from farspan.models.config import ModelConfig
-from farspan.models.layers import Sharding
 from farspan.parallel.degrees import Degrees
-from farspan.parallel.mesh import Mesh
+
+quiet_libraries()  # before Megatron is imported
+
+from farspan.models import loss  # noqa: E402
+from farspan.models.layers import Sharding  # noqa: E402
+from farspan.parallel.mesh import Mesh  # noqa: E402
 
 CHECKED = 512  # tokens that are compared with fp64
 VOCABULARY = 151_936

@@ -16,7 +16,7 @@ from farspan.models.decoder import Decoder, DecoderInput
 from farspan.models.layers import Sharding
 from farspan.models.loss import VocabularyLoss
 from farspan.models.offload import PAGE_BYTES, HostMemory
-from farspan.models.recompute import Recomputation
+from farspan.models.recompute import Recomputation, on_device
 from farspan.parallel import orders, plans
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
@@ -37,12 +37,15 @@ CONFIG = ModelConfig(
 )
 # What one layer's input and attention's out take each, in bf16.
 STREAM_BYTES = 2 * LENGTH * CONFIG.hidden_size
-CASES: list[tuple[RecomputeMode, bool]] = [
-    ("none", False),
-    ("selective", False),
-    ("full", False),
-    ("selective", True),
-    ("full", True),
+# Mode, whether what is kept goes to the host, and how many layers keep everything.
+CASES: list[tuple[RecomputeMode, bool, int]] = [
+    ("none", False, 0),
+    ("selective", False, 0),
+    ("full", False, 0),
+    ("selective", True, 0),
+    ("full", True, 0),
+    ("selective", False, 2),
+    ("selective", True, 2),
 ]
 
 
@@ -88,22 +91,26 @@ def steps(recomputation: Recomputation) -> tuple[list[Tensor], int, int]:
 def test_recomputation_and_offloading_change_no_bit_and_save_memory(mesh: Mesh) -> None:
     host = HostMemory(mesh.device)
     found = {
-        (mode, offload): steps(Recomputation(mode, host.layer) if offload else Recomputation(mode))
-        for mode, offload in CASES
+        (mode, offload, kept): steps(Recomputation(mode, host.layer if offload else on_device, kept))
+        for mode, offload, kept in CASES
     }
     for case, (_, held, peak) in found.items():
         print(f"{case}: {held / 2**20:.0f} MiB held, {peak / 2**20:.0f} MiB at most")
-    plain = found["none", False][0]
+    plain = found["none", False, 0][0]
     assert len(plain) > STEPS * LAYERS
     for case, (results, _, _) in found.items():
         assert all(map(torch.equal, results, plain)), case
     held = {case: bytes_held for case, (_, bytes_held, _) in found.items()}
-    assert held["none", False] > held["selective", False] + 2 * LAYERS * STREAM_BYTES
-    assert held["selective", False] > held["full", False] + 0.9 * LAYERS * STREAM_BYTES
+    assert held["none", False, 0] > held["selective", False, 0] + 2 * LAYERS * STREAM_BYTES
+    assert held["selective", False, 0] > held["full", False, 0] + 0.9 * LAYERS * STREAM_BYTES
+    # Two layers of all keep what all do without recomputation.
+    layer = (held["none", False, 0] - held["selective", False, 0]) / LAYERS
+    assert abs(held["selective", False, 2] - held["selective", False, 0] - 2 * layer) < STREAM_BYTES
+    assert held["selective", True, 0] + layer < held["selective", True, 2] < held["selective", False, 2]
     # Only the last layer's stay; so two tensors of each other layer are gone, or one.
-    assert held["selective", False] - held["selective", True] > 0.95 * 2 * (LAYERS - 1) * STREAM_BYTES
-    assert held["full", False] - held["full", True] > 0.95 * (LAYERS - 1) * STREAM_BYTES
-    assert found["selective", True][2] < found["selective", False][2]
+    assert held["selective", False, 0] - held["selective", True, 0] > 0.95 * 2 * (LAYERS - 1) * STREAM_BYTES
+    assert held["full", False, 0] - held["full", True, 0] > 0.95 * (LAYERS - 1) * STREAM_BYTES
+    assert found["selective", True, 0][2] < found["selective", False, 0][2]
     assert host.pages == (LAYERS - 1) * (2 * STREAM_BYTES // PAGE_BYTES + 1)  # lse has one
 
 
