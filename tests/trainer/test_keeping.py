@@ -56,9 +56,9 @@ class KeepingLayer(nn.Module):
         return x
 
 
-def numbers(rank: int, world: int, devices: list[Device], steps: int) -> tuple[list[int], list[str]]:
-    """The number of layers that keep everything in each step, and what was reported."""
-    device = devices[rank]
+def numbers(rank: int, world: int, devices: list[tuple[int, int]], steps: int) -> tuple[list[int], list[str]]:
+    """The number of layers that keep everything in each step, and what was reported; `devices` are (base, free)."""
+    device = Device(*devices[rank])
     layers = nn.ModuleList([nn.Identity()] * (LAYERS - 1) + [KeepingLayer(device)])
     recomputation = Recomputation("selective", keep_layers=1)
     reports: list[str] = []
@@ -78,14 +78,14 @@ def numbers(rank: int, world: int, devices: list[Device], steps: int) -> tuple[l
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
-        (Device(base=1000), [1, 1, 9, 9]),  # 1000 + 9 x 100 leaves 100, the reserve
-        (Device(base=1001), [1, 1, 8, 8]),
-        (Device(base=1000, free_layers=2), [1, 1, 10, 11, 11]),  # one more than the first measurement promised
-        (Device(base=1850), [1, 1, 0, 0]),  # the reserve is not free with one
-        (Device(base=100), [1, 1, LAYERS, LAYERS]),
+        ((1000, 0), [1, 1, 9, 9]),  # 1000 + 9 x 100 leaves 100, the reserve
+        ((1001, 0), [1, 1, 8, 8]),
+        ((1000, 2), [1, 1, 10, 11, 11]),  # one more than the first measurement promised
+        ((1850, 0), [1, 1, 0, 0]),  # the reserve is not free with one
+        ((100, 0), [1, 1, LAYERS, LAYERS]),
     ],
 )
-def test_as_many_layers_as_leave_the_reserve(pool: Pool, device: Device, expected: list[int]) -> None:
+def test_as_many_layers_as_leave_the_reserve(pool: Pool, device: tuple[int, int], expected: list[int]) -> None:
     [(found, reports)] = pool.run(1, numbers, [device], len(expected))
     assert found == expected
     assert len(reports) == 1
@@ -93,5 +93,5 @@ def test_as_many_layers_as_leave_the_reserve(pool: Pool, device: Device, expecte
 
 
 def test_all_ranks_keep_what_fits_on_the_fullest(pool: Pool) -> None:
-    both = pool.run(2, numbers, [Device(base=1000), Device(base=1300)], 5)
+    both = pool.run(2, numbers, [(1000, 0), (1300, 0)], 5)
     assert [found for found, _ in both] == [[1, 1, 6, 6, 6]] * 2
