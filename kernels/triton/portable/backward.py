@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton.portable.walk import block_of, row_bounds, row_walk, visible
+from farspan.kernels.triton.portable.walk import block_of, listed_walk, row_bounds, row_walk, visible
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -152,15 +152,11 @@ def dkdv_kernel(
 ):
     """dk and dv of one tile of keys and one kv head: the sum over the rows that see it and its query heads."""
     kv_head, batch = tl.program_id(1), tl.program_id(2)
+    SPLIT: tl.constexpr = TILE // BLOCK_M if LISTS else 1
     if LISTS:
-        tiles = tl.cdiv(keys, TILE)
-        place = batch * mask_stride * tiles + tl.program_id(0) // (TILE // BLOCK_N)
-        tile = tl.load(longest_first + place)
-        first_key = tile * TILE + tl.program_id(0) % (TILE // BLOCK_N) * BLOCK_N
-        entry = batch * mask_stride * tiles + tile
-        full_first, full_stop = tl.load(full_start + entry), tl.load(full_start + entry + 1)
-        partial_first, partial_stop = tl.load(partial_start + entry), tl.load(partial_start + entry + 1)
-        SPLIT: tl.constexpr = TILE // BLOCK_M
+        first_key, full_first, full_stop, partial_first, partial_stop = listed_walk(
+            batch, keys, full_start, partial_start, longest_first, mask_stride, SPLIT, TILE, BLOCK_N
+        )
     else:
         first_key = tl.program_id(0) * BLOCK_N
         # The first row that sees the first key, and the first that sees all keys that exist.
@@ -169,7 +165,6 @@ def dkdv_kernel(
         full_first = tl.cdiv(tl.minimum(tl.maximum(last_key - offset, 0), rows), BLOCK_M)
         full_stop = tl.cdiv(rows, BLOCK_M)
         partial_stop = full_first
-        SPLIT: tl.constexpr = 1
     key = first_key + tl.arange(0, BLOCK_N)
 
     k = k_desc.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, PADDED_DIM)
@@ -179,7 +174,7 @@ def dkdv_kernel(
 
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
-        for i in tl.range(partial_first * SPLIT, partial_stop * SPLIT):
+        for i in tl.range(partial_first, partial_stop):
             first_row = block_of(partial_tiles, i, LISTS, SPLIT, TILE, BLOCK_M)
             q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
             dout = dout_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_VALUE_DIM)
@@ -196,7 +191,7 @@ def dkdv_kernel(
             dv_total = tl.dot(p.to(dout.dtype), dout, dv_total, input_precision=PRECISION)
             ds = p * (tl.dot(v, dout.T, input_precision=PRECISION) - row_delta[None, :])
             dk_total = tl.dot(ds.to(q.dtype), q, dk_total, input_precision=PRECISION)
-        for i in tl.range(full_first * SPLIT, full_stop * SPLIT):
+        for i in tl.range(full_first, full_stop):
             first_row = block_of(full_tiles, i, LISTS, SPLIT, TILE, BLOCK_M)
             q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
             dout = dout_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_VALUE_DIM)

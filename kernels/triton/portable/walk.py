@@ -7,6 +7,30 @@ import triton.language as tl
 
 
 @triton.jit
+def listed_walk(
+    batch,
+    length,
+    full_start,
+    partial_start,
+    longest_first,
+    mask_stride,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """This program's first row or key, and its blocks in the lists: full ones `[first, stop)`, then partial ones.
+
+    `length` and BLOCK are those of the side that programs divide; a tile of the other side is SPLIT blocks.
+    """
+    place = batch * mask_stride * tl.cdiv(length, TILE)
+    tile = tl.load(longest_first + place + tl.program_id(0) // (TILE // BLOCK))
+    first = tile * TILE + tl.program_id(0) % (TILE // BLOCK) * BLOCK
+    full_first, full_stop = tl.load(full_start + place + tile), tl.load(full_start + place + tile + 1)
+    partial_first, partial_stop = tl.load(partial_start + place + tile), tl.load(partial_start + place + tile + 1)
+    return first, full_first * SPLIT, full_stop * SPLIT, partial_first * SPLIT, partial_stop * SPLIT
+
+
+@triton.jit
 def row_walk(
     batch,
     rows,
@@ -24,19 +48,14 @@ def row_walk(
 ):
     """This program's first row, and its blocks of keys: those seen in full `[first, stop)`, and those to be tested."""
     if LISTS:
-        tiles = tl.cdiv(rows, TILE)
-        place = batch * mask_stride * tiles
-        tile = tl.load(longest_first + place + tl.program_id(0) // (TILE // BLOCK_M))
-        first_row = tile * TILE + tl.program_id(0) % (TILE // BLOCK_M) * BLOCK_M
-        full_first, full_stop = tl.load(full_start + place + tile), tl.load(full_start + place + tile + 1)
-        partial_first, partial_stop = tl.load(partial_start + place + tile), tl.load(partial_start + place + tile + 1)
+        return listed_walk(batch, rows, full_start, partial_start, longest_first, mask_stride, SPLIT, TILE, BLOCK_M)
     else:
         first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest first
         full_first = 0
         full_stop = tl.maximum(tl.minimum(first_row + 1 + offset, keys), 0) // BLOCK_N
         partial_first = full_stop
         partial_stop = tl.cdiv(tl.minimum(tl.minimum(first_row + BLOCK_M, rows) + offset, keys), BLOCK_N)
-    return first_row, full_first * SPLIT, full_stop * SPLIT, partial_first * SPLIT, partial_stop * SPLIT
+        return first_row, full_first, full_stop, partial_first, partial_stop
 
 
 @triton.jit
