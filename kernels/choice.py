@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from farspan.kernels import rates
-from farspan.kernels.backends import BACKENDS, REGISTRY
+from farspan.kernels.backends import BACKENDS, CHOICES, REGISTRY
 from farspan.kernels.cost import Work, call_seconds, totals_seconds
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.problem import Problem
@@ -34,7 +34,9 @@ def parts(problem: Problem, mask: IntervalMask, backend: str) -> list[Part]:
     """
     name = f"parts of {problem} by {backend}"
     if name not in mask.derived:
-        mask.derived[name] = _fastest(problem, mask) if backend == "auto" else _by(backend, problem, mask)
+        mask.derived[name] = (
+            _fastest(problem, mask, backend == "deterministic") if backend in CHOICES else _by(backend, problem, mask)
+        )
     found: list[Part] = mask.derived[name]
     return found
 
@@ -54,7 +56,7 @@ def check_backend(problem: Problem, backend: str) -> None:
     """ValueError, naming the key to change, when a backend cannot compute such a problem, whatever the mask."""
     if backend not in BACKENDS:
         raise ValueError(f"attention.backend is {backend!r}; possible are {', '.join(BACKENDS)}")
-    refusal = None if backend == "auto" else REGISTRY[backend].refusal(problem)
+    refusal = None if backend in CHOICES else REGISTRY[backend].refusal(problem)
     if refusal is not None:
         raise ValueError(f"attention.backend is {backend!r}, but {refusal}; set it to auto")
 
@@ -72,9 +74,11 @@ def _by(backend: str, problem: Problem, mask: IntervalMask) -> list[Part]:
     return [_rectangle(part, mask, backend) for part in cut.rectangles]
 
 
-def _fastest(problem: Problem, mask: IntervalMask) -> list[Part]:
+def _fastest(problem: Problem, mask: IntervalMask, deterministic: bool) -> list[Part]:
     """The whole mask in one call, or its rectangles each by the backend that is best at it: what takes less time."""
     able = [name for name, backend in REGISTRY.items() if backend.refusal(problem) is None]
+    if deterministic and problem.backward:
+        able = [name for name in able if REGISTRY[name].deterministic]
     if problem.capability is None or "triton" not in able:
         return [_whole(mask, problem, "reference")]
     table = rates.of_capability(problem.capability)

@@ -22,6 +22,8 @@ def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
 
     @cache
     def kernel() -> Callable[..., Result]:
+        # A kernel for each width, dtype and mode of autograd; torch would give up at the ninth.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         return torch.compile(function, fullgraph=True)
 
     @wraps(function)

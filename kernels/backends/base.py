@@ -70,6 +70,8 @@ class Backend(Protocol):
 
     any_mask: bool
     """Whether every interval mask can be computed, or only rectangles: full ones, and causal ones that are square."""
+    deterministic: bool
+    """Whether gradients repeat bit for bit; results of the forward pass always do."""
 
     def refusal(self, problem: Problem) -> str | None:
         """Why such tensors cannot be taken, whatever the mask; None if they can."""

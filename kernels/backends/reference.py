@@ -17,6 +17,7 @@ from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.problem import Problem
 
 any_mask = True
+deterministic = True
 
 # Scores held at once, over batch, heads, rows and keys: 64 MiB in fp32.
 _SCORES = 1 << 24

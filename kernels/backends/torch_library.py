@@ -20,6 +20,7 @@ class TorchLibrary:
     """One of torch's attention libraries."""
 
     any_mask = False
+    deterministic = False
 
     def __init__(self, name: str, capability: tuple[int, int], max_dim: int) -> None:
         self.name, self.capability, self.max_dim = name, capability, max_dim

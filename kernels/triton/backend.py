@@ -14,6 +14,7 @@ from farspan.kernels.triton.portable import launch as portable
 from farspan.kernels.triton.tensors import last_contiguous, new_or
 
 any_mask = True
+deterministic = True
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -121,8 +121,8 @@ def test_repeats_bit_for_bit(name: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(first, run(tensors, mask, "triton"), strict=True))
 
 
-@pytest.mark.parametrize("second", ["triton", "cudnn", "flash", "flash_attn_4"])
-@pytest.mark.parametrize("first", ["triton", "cudnn", "flash", "flash_attn_4"])
+@pytest.mark.parametrize("second", ["triton", "cudnn", "flash", "flash_attn_4", "flash_attn_4_deterministic"])
+@pytest.mark.parametrize("first", ["triton", "cudnn", "flash", "flash_attn_4", "flash_attn_4_deterministic"])
 def test_shares_of_two_backends_are_the_whole(first: str, second: str) -> None:
     """Keys in two halves, as a ring's stages see them: a full rectangle, and a causal square with a share of rows."""
     length, cut = 4096, 2048

@@ -87,7 +87,8 @@ def worst(losses: list[float], others: list[float]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("documents", "backends"), [(ACROSS, ["triton", "cudnn", "flash", "auto"]), ("", ["triton", "auto"])]
+    ("documents", "backends"),
+    [(ACROSS, ["triton", "cudnn", "flash", "deterministic", "auto"]), ("", ["triton", "deterministic"])],
 )
 def test_every_backend_trains_like_the_reference(runs: Runs, documents: str, backends: list[str]) -> None:
     """Within bf16 noise: the distance of the reference in bf16 from the reference in fp32.

@@ -122,7 +122,7 @@ def test_memory_is_bounded_by_the_row_block() -> None:
 def test_errors_name_what_is_wrong() -> None:
     q, k, v, dout = random_qkv(8, (4, 2), 8)
     mask = masks.causal(8)
-    with pytest.raises(ValueError, match=r"attention.backend is 'magic'; possible are auto, reference"):
+    with pytest.raises(ValueError, match=r"attention.backend is 'magic'; possible are auto, deterministic, reference"):
         attend(q, k, v, mask, backend="magic")
     with pytest.raises(ValueError, match="index"):
         attend(q, k, v, mask, index=object())  # type: ignore[arg-type]

@@ -97,6 +97,13 @@ def test_the_rest_of_a_mask_goes_to_triton() -> None:
     assert area + sum((b - a) * (b - a + 1) // 2 for a, b in pairwise(edges[:3])) == mask.area()
 
 
+def test_deterministic_leaves_out_whose_gradients_do_not_repeat() -> None:
+    mask = masks.causal(LENGTH)
+    assert chosen(PROBLEM, mask, "deterministic") == "cudnn"
+    assert chosen(replace(PROBLEM, backward=True), mask, "auto") == "cudnn"
+    assert chosen(replace(PROBLEM, backward=True), mask, "deterministic") == "triton"
+
+
 def test_windows_go_to_triton_in_one_call() -> None:
     assert chosen(PROBLEM, masks.sliding_window(LENGTH, 1000)) == "triton"
 

@@ -95,7 +95,7 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
         (["parallel.order=zigzak"], "possible are contiguous, zigzag, striped"),
         (
             ["attention.backend=cuda"],
-            "attention.backend is 'cuda', did you mean 'cudnn'?; possible are auto, reference, triton",
+            "attention.backend is 'cuda', did you mean 'cudnn'?; possible are auto, deterministic, reference, triton",
         ),
         (["parallel.plan=single", "parallel.context=2"], "parallel.plan single keeps a sequence on one rank"),
         (["parallel.zero_stage=0"], "train.dtype bf16 needs parallel.zero_stage 1 or more"),
