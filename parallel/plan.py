@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
+from farspan.parallel.columns import MoveColumns, PieceColumns
 from farspan.parallel.orders import Order
 
 Side = Literal["q", "kv"]
@@ -37,7 +37,8 @@ class Block:
         return order.positions[self.owner][slice(*self.slots)]
 
 
-@dataclass(frozen=True)
+# A thousand ranks make millions of moves and pieces. To freeze them makes each five times as expensive.
+@dataclass(slots=True, unsafe_hash=True)
 class Move:
     """A block on its way: it leaves `src` as stage `start` begins and is at `dst` as stage `stop` begins.
 
@@ -55,7 +56,7 @@ class Move:
     link: str = "context"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Piece:
     """One call of `attend` on one rank at one stage: rows x keys, each some blocks, taken in ascending position."""
 
@@ -73,10 +74,17 @@ class Schedule:
     pieces: tuple[Piece, ...]
 
     @cached_property
+    def move_columns(self) -> MoveColumns:
+        return MoveColumns.of(self.moves)
+
+    @cached_property
+    def piece_columns(self) -> PieceColumns:
+        return PieceColumns.of(self.pieces)
+
+    @cached_property
     def stages(self) -> int:
         """Number of stages; the last one may have arrivals only."""
-        ends = [move.stop + 1 for move in self.moves] + [piece.stage + 1 for piece in self.pieces]
-        return max(ends, default=0)
+        return 1 + int(max(self.move_columns.stop.max(initial=-1), self.piece_columns.stage.max(initial=-1)))
 
 
 @dataclass(frozen=True)
@@ -102,16 +110,24 @@ class Plan:
         All other results travel in the accumulation dtype. Blocks partition the tokens x heads, so the judgement by
         block is one by token and head.
         """
-        users: dict[int, set[int]] = defaultdict(set)
-        for piece in self.backward.pieces:
-            for block in piece.q + piece.kv:
-                users[block].add(piece.rank)
-        return frozenset(block for block, ranks in users.items() if len(ranks) == 1)
+        pieces = self.backward.piece_columns
+        # A number for each (block, rank) that computes with it, each number once.
+        users = np.unique(
+            np.concatenate([uses.blocks * self.world + pieces.rank[uses.pieces] for uses in (pieces.q, pieces.kv)])
+        )
+        blocks, ranks = np.unique(users // self.world, return_counts=True)
+        return frozenset(blocks[ranks == 1].tolist())
 
     def digest(self) -> str:
         """The same on every rank, or the ranks do not carry out the same plan."""
-        content = (self.name, self.world, self.heads, self.blocks, self.forward, self.backward, sorted(self.kept))
-        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        content = hashlib.sha256(repr((self.name, self.world, self.heads, self.blocks, sorted(self.kept))).encode())
+        for schedule in (self.forward, self.backward):
+            *moves, links = schedule.move_columns
+            rank, stage, q, kv = schedule.piece_columns
+            content.update(repr((len(schedule.moves), len(schedule.pieces), links)).encode())
+            for column in (*moves, rank, stage, *q, *kv):
+                content.update(column.tobytes())
+        return content.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
