@@ -74,3 +74,11 @@ class PieceColumns(NamedTuple):
             Uses.of([piece.q for piece in pieces]),
             Uses.of([piece.kv for piece in pieces]),
         )
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each block of rows beside each block of keys of its piece: piece, q block and kv block, int64 `[pairs]`."""
+        partners = self.kv.counts[self.q.pieces]
+        piece, q = np.repeat(self.q.pieces, partners), np.repeat(self.q.blocks, partners)
+        partner = np.arange(len(q)) - np.repeat(partners.cumsum() - partners, partners)
+        first = self.kv.counts.cumsum() - self.kv.counts
+        return piece, q, self.kv.blocks[first[piece] + partner]

@@ -13,6 +13,12 @@ from farspan.parallel.columns import MoveColumns, PieceColumns
 from farspan.parallel.orders import Order
 
 Side = Literal["q", "kv"]
+Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+
+class PlanError(ValueError):
+    """A plan that would not compute the attention it was made for."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,9 @@ class Plan:
     forward: Schedule
     backward: Schedule
     kept: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+    def schedule(self, direction: Direction) -> Schedule:
+        return self.forward if direction == "forward" else self.backward
 
     @cached_property
     def complete(self) -> frozenset[int]:

@@ -2,40 +2,85 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from farspan.kernels import IntervalMask
+from farspan.parallel import balance
 from farspan.parallel.orders import Order
-from farspan.parallel.plan import Block, Move, Piece, Plan, Schedule, parts
+from farspan.parallel.pairs import VisiblePairs, visible_pairs
+from farspan.parallel.plan import DIRECTIONS, Block, Direction, Plan, PlanError
+
+__all__ = ["PlanError", "Report", "verify"]
 
 
-class PlanError(ValueError):
-    """A plan that would not compute the attention it was made for."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """What `verify` found out about a plan that is right.
 
-    `pairs` counts visible (row, key) pairs of one query head. `imbalance` is the busiest rank's pairs over the mean;
-    `stage_imbalance` weighs each stage by its own busiest rank, as ranks wait for each other there.
-    `peak_slots` is the most foreign slots x kv heads that a rank holds at once (forward, backward).
+    `visible`: pairs between blocks. `work`, by direction: visible pairs x query heads, `[world, stages]`; `elements`:
+    what each move carries, `[moves, 2]` (see `balance`). `peak_slots`: the most foreign slots x kv heads that a rank
+    holds at once.
     """
 
-    pairs: int
-    pairs_by_rank: list[int]
-    imbalance: float
-    stage_imbalance: float
-    elements_sent: dict[str, list[tuple[int, int]]]
-    peak_slots: dict[str, int]
+    plan: Plan
+    visible: VisiblePairs
+    work: dict[Direction, np.ndarray]
+    elements: dict[Direction, np.ndarray]
+    peak_slots: dict[Direction, int]
 
-    def bytes_sent(self, direction: str, itemsize: int, accumulation_itemsize: int) -> list[int]:
-        """By rank, for operands of `itemsize` bytes and the head dim that `verify` was given."""
-        return [own * itemsize + wide * accumulation_itemsize for own, wide in self.elements_sent[direction]]
+    @property
+    def pairs(self) -> int:
+        """Visible (row, key) pairs of one query head."""
+        return int(self.work["forward"].sum()) // self.plan.heads[0]
+
+    @property
+    def pairs_by_rank(self) -> list[int]:
+        return [pairs // self.plan.heads[0] for pairs in self.work["forward"].sum(1).tolist()]
+
+    @property
+    def imbalance(self) -> float:
+        return balance.imbalance(self.work["forward"])
+
+    @property
+    def stage_imbalance(self) -> float:
+        return balance.stage_imbalance(self.work["forward"])
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """The communicators that the plan uses."""
+        return tuple(sorted({link for d in DIRECTIONS for link in self.plan.schedule(d).move_columns.links}))
+
+    def moves(self, direction: Direction, link: str) -> int:
+        """How many moves go over one link."""
+        columns = self.plan.schedule(direction).move_columns
+        return int((columns.link == columns.links.index(link)).sum()) if link in columns.links else 0
+
+    def bytes_by_stage(
+        self, direction: Direction, itemsize: int, accumulation_itemsize: int, link: str | None = None
+    ) -> np.ndarray:
+        """Bytes sent, over one link or all, `[world, stages]`, at the stages in which they leave.
+
+        For operands of `itemsize` bytes, and the head dim and batch that `verify` was given.
+        """
+        schedule = self.plan.schedule(direction)
+        moves = schedule.move_columns
+        size = self.elements[direction] @ np.array([itemsize, accumulation_itemsize], np.int64)
+        if link is not None:
+            size = size * (moves.link == (moves.links.index(link) if link in moves.links else -1))
+        sent = np.zeros((self.plan.world, schedule.stages), np.int64)
+        np.add.at(sent, (moves.src, moves.start), size)
+        return sent
+
+    def bytes_sent(
+        self, direction: Direction, itemsize: int, accumulation_itemsize: int, link: str | None = None
+    ) -> list[int]:
+        """By rank; see `bytes_by_stage`."""
+        sent: list[int] = self.bytes_by_stage(direction, itemsize, accumulation_itemsize, link).sum(1).tolist()
+        return sent
 
 
 def verify(plan: Plan, order: Order, mask: IntervalMask, *, head_dim: int = 1, batch: int = 1) -> Report:
@@ -44,36 +89,25 @@ def verify(plan: Plan, order: Order, mask: IntervalMask, *, head_dim: int = 1, b
     Checked in both directions: blocks partition each rank's slots x heads; every visible pair is in exactly one piece
     for every head; heads meet their kv heads; operands are where a piece or a move uses them (derived from the moves
     and, backward, from `kept`); every result comes home to its owner. Cost: rows + pairs of blocks.
+
+    Two things need no check. Sends agree with receives, since one list of moves with both ends is all there is. And
+    ranks do not wait for each other in a circle: all moves go forward in time (which is checked), a rank waits at stage
+    s for what other ranks posted at an earlier stage alone, and so on down to stage 0, where nobody waits.
     """
     _check_partition(plan, order)
-    areas = _areas(plan, order, mask)
-    for direction in ("forward", "backward"):
-        _check_coverage(plan, direction, areas)
-        _check_flow(plan, direction)
-    by_rank_stage: Counter[tuple[int, int]] = Counter()
-    for piece in plan.forward.pieces:
-        for q in piece.q:
-            heads = plan.blocks[q].heads[1] - plan.blocks[q].heads[0]
-            for kv in piece.kv:
-                by_rank_stage[piece.rank, piece.stage] += areas.get((q, kv), 0) * heads
-    query_heads = plan.heads[0]
-    by_rank, busiest_of_stage = [0] * plan.world, Counter[int]()
-    for (rank, stage), pairs in by_rank_stage.items():
-        by_rank[rank] += pairs
-        busiest_of_stage[stage] = max(busiest_of_stage[stage], pairs)
-    total = sum(by_rank)
+    visible = visible_pairs(plan, order, mask)
+    for direction in DIRECTIONS:
+        _check_coverage(plan, direction, visible)
+        _check_moves(plan, direction)
+        _check_operands(plan, direction)
+        _check_results(plan, direction)
     return Report(
-        pairs=total // query_heads,
-        pairs_by_rank=[pairs // query_heads for pairs in by_rank],
-        imbalance=max(by_rank) * plan.world / max(1, total),
-        stage_imbalance=busiest_of_stage.total() * plan.world / max(1, total),
-        elements_sent={d: _elements_sent(plan, d, head_dim, batch) for d in ("forward", "backward")},
-        peak_slots={d: _peak(plan, d) for d in ("forward", "backward")},
+        plan,
+        visible,
+        {direction: balance.work(plan, direction, visible) for direction in DIRECTIONS},
+        {direction: balance.elements(plan, direction, head_dim, batch) for direction in DIRECTIONS},
+        {direction: balance.peak_slots(plan, direction) for direction in DIRECTIONS},
     )
-
-
-def _schedule(plan: Plan, direction: str) -> Schedule:
-    return plan.forward if direction == "forward" else plan.backward
 
 
 def _check_partition(plan: Plan, order: Order) -> None:
@@ -96,171 +130,158 @@ def _check_partition(plan: Plan, order: Order) -> None:
                     raise PlanError(f"the {side} blocks of rank {rank} overlap or leave a gap in slots {low} to {high}")
 
 
-def _areas(plan: Plan, order: Order, mask: IntervalMask) -> dict[tuple[int, int], int]:
-    """Visible pairs of every (q block, kv block) that has any, whatever pieces the plan holds.
-
-    For one block of rows, the pairs with keys below x are a sum over rows of x - begin where begin < x, less the same
-    for ends. Its differences between the bounds of runs of keys are the areas. Written apart from the builders' own
-    geometry.
-    """
-    # Blocks with the same owner and slots differ in heads only, and share their areas.
-    spans: dict[tuple[str, int, tuple[int, int]], list[int]] = defaultdict(list)
-    for index, block in enumerate(plan.blocks):
-        spans[block.side, block.owner, block.slots].append(index)
-    groups = [indices for (side, *_), indices in spans.items() if side == "kv"]
-    edges, of_run = _key_runs([plan.blocks[indices[0]].positions(order) for indices in groups], order.length)
-    bounds = [bound.cpu().numpy().astype(np.int64) for bound in mask.bounds]
-    areas: dict[tuple[int, int], int] = {}
-    for (side, *_), indices in spans.items():
-        if side != "q":
-            continue
-        positions = plan.blocks[indices[0]].positions(order)
-        rows = positions[positions < order.length]
-        begin, end, anchor_begin, anchor_end = (bound[:, rows].ravel() for bound in bounds)
-        below = _sum_below(np.concatenate([begin, anchor_begin]), edges)
-        below -= _sum_below(np.concatenate([end, anchor_end]), edges)
-        counts = np.zeros(len(groups), np.int64)
-        np.add.at(counts, of_run, np.diff(below))
-        for group in np.flatnonzero(counts).tolist():
-            area = int(counts[group])
-            areas.update({(q, kv): area for q in indices for kv in groups[group]})
-    return areas
-
-
-def _key_runs(blocks: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts [0, length) where the holder of the keys changes: edges `[runs + 1]` and the holding block of each run."""
-    holder = np.full(length, -1, np.int64)
-    for number, positions in enumerate(blocks):
-        real = positions[positions < length]
-        if (holder[real] != -1).any():
-            raise PlanError("two blocks of keys hold the same token")
-        holder[real] = number
-    if (holder == -1).any():
-        raise PlanError(f"token {int((holder == -1).argmax())} is in no block of keys")
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(holder)) + 1])
-    return np.concatenate([starts, [length]]), holder[starts]
-
-
-def _sum_below(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """For each edge x, the sum of x - value over the values below x."""
-    values = np.sort(values)
-    total = np.concatenate([[0], values.cumsum()])
-    count = np.searchsorted(values, edges)
-    return edges * count - total[count]
-
-
-def _check_coverage(plan: Plan, direction: str, areas: dict[tuple[int, int], int]) -> None:
+def _check_coverage(plan: Plan, direction: Direction, visible: VisiblePairs) -> None:
+    """Every visible pair of blocks whose heads overlap is in one piece, and none is in two."""
+    schedule, blocks = plan.schedule(direction), plan.blocks
     group = plan.heads[0] // plan.heads[1]
-    computed: Counter[tuple[int, int]] = Counter()
-    for piece in _schedule(plan, direction).pieces:
-        for q in piece.q:
-            for kv in piece.kv:
-                low, high = plan.blocks[q].heads
-                if not (plan.blocks[kv].heads[0] <= low // group and (high - 1) // group < plan.blocks[kv].heads[1]):
-                    raise PlanError(f"{direction}: in {piece} query heads {low} to {high} do not meet their kv heads")
-                computed[q, kv] += 1
-    for (q, kv), times in computed.items():
-        if times > 1:
-            raise PlanError(f"{direction}: {plan.blocks[q]} x {plan.blocks[kv]} is computed {times} times")
-    for (q, kv), area in areas.items():
-        low, high = plan.blocks[q].heads
-        first, last = plan.blocks[kv].heads
-        if low < last * group and first * group < high and (q, kv) not in computed:
-            raise PlanError(
-                f"{direction}: {area} visible pairs of {plan.blocks[q]} x {plan.blocks[kv]} are never computed"
-            )
+    low, high = np.array([block.heads for block in blocks], np.int64).reshape(-1, 2).T
+    piece, q, kv = schedule.piece_columns.pairs()
+    strangers = (low[q] < low[kv] * group) | (high[q] > high[kv] * group)
+    if strangers.any():
+        at = strangers.argmax()
+        raise PlanError(
+            f"{direction}: in {schedule.pieces[piece[at]]} query heads {low[q[at]]} to {high[q[at]]} do not meet their "
+            "kv heads"
+        )
+    computed = np.sort(q * len(blocks) + kv)
+    again = computed[1:][computed[1:] == computed[:-1]]
+    if len(again):
+        i, j = divmod(int(again[0]), len(blocks))
+        times = (computed == again[0]).sum()
+        raise PlanError(f"{direction}: {blocks[i]} x {blocks[j]} is computed {times} times")
+    # No pair of blocks is there twice and all have heads that meet: so it is enough to count those of each two spans.
+    found = np.zeros_like(visible.area)
+    np.add.at(found, (visible.span[q], visible.span[kv]), 1)
+    missing = (visible.area > 0) & (found < _pairs_of_heads(plan, visible))
+    if missing.any():
+        i, j = _first_missing(plan, visible, missing, set(computed.tolist()))
+        area = visible.area[visible.span[i], visible.span[j]]
+        raise PlanError(f"{direction}: {area} visible pairs of {blocks[i]} x {blocks[j]} are never computed")
 
 
-def _check_flow(plan: Plan, direction: str) -> None:
-    """Operands are where they are used, and every result comes home.
+def _pairs_of_heads(plan: Plan, visible: VisiblePairs) -> np.ndarray:
+    """`[spans of rows, spans of keys]`: how many pairs of their blocks share heads."""
+    group = plan.heads[0] // plan.heads[1]
+    cuts: dict[str, list[list[tuple[int, int]]]] = {
+        "q": [[] for _ in range(visible.area.shape[0])],
+        "kv": [[] for _ in range(visible.area.shape[1])],
+    }
+    for block, span in zip(plan.blocks, visible.span.tolist()):
+        cuts[block.side][span].append(block.heads)
+    # Most spans are cut into the same heads.
+    kinds = {side: sorted({tuple(heads) for heads in of_side}) for side, of_side in cuts.items()}
+    table = np.array(
+        [[sum(_share(a, b, group) for a in rows for b in keys) for keys in kinds["kv"]] for rows in kinds["q"]]
+    )
+    kind_q, kind_kv = (np.array([kinds[s].index(tuple(heads)) for heads in cuts[s]]) for s in ("q", "kv"))
+    counts: np.ndarray = table[kind_q][:, kind_kv]
+    return counts
 
-    Results are added where they meet and forgotten where they leave, so none is ever doubled; what is to be shown is
-    that none is left behind.
+
+def _share(query_heads: tuple[int, int], kv_heads: tuple[int, int], group: int) -> bool:
+    return query_heads[0] < kv_heads[1] * group and kv_heads[0] * group < query_heads[1]
+
+
+def _first_missing(plan: Plan, visible: VisiblePairs, missing: np.ndarray, computed: set[int]) -> tuple[int, int]:
+    """Two blocks that no piece computes, in two spans that miss some."""
+    rows, keys = (int(span) for span in np.argwhere(missing)[0])
+    blocks, group = list(enumerate(plan.blocks)), plan.heads[0] // plan.heads[1]
+    return next(
+        (i, j)
+        for i, q in blocks
+        for j, kv in blocks
+        if (q.side, visible.span[i], kv.side, visible.span[j]) == ("q", rows, "kv", keys)
+        and _share(q.heads, kv.heads, group)
+        and i * len(blocks) + j not in computed
+    )
+
+
+def _check_moves(plan: Plan, direction: Direction) -> None:
+    schedule = plan.schedule(direction)
+    moves = schedule.move_columns
+    strange = (moves.src == moves.dst) | (np.minimum(moves.src, moves.dst) < 0)
+    strange |= np.maximum(moves.src, moves.dst) >= plan.world
+    if strange.any():
+        raise PlanError(f"{direction}: {schedule.moves[strange.argmax()]} has no such peers among {plan.world} ranks")
+    back = (moves.start < 0) | (moves.stop <= moves.start)
+    if back.any():
+        raise PlanError(f"{direction}: {schedule.moves[back.argmax()]} does not go forward in time")
+
+
+def _check_operands(plan: Plan, direction: Direction) -> None:
+    """Whoever sends or computes with an operand holds it by then.
+
+    A rank holds a block from its first arrival on, if the move that brings it was right; and since moves go forward in
+    time, that follows by induction over stages from all moves being right.
     """
-    schedule = _schedule(plan, direction)
-    for move in schedule.moves:
-        if move.src == move.dst or not (0 <= move.src < plan.world and 0 <= move.dst < plan.world):
-            raise PlanError(f"{direction}: {move} has no such peers among {plan.world} ranks")
-        if not 0 <= move.start < move.stop:
-            raise PlanError(f"{direction}: {move} does not go forward in time")
-    here = {(block.owner, index) for index, block in enumerate(plan.blocks)}
+    schedule = plan.schedule(direction)
+    moves, pieces, stages = schedule.move_columns, schedule.piece_columns, schedule.stages
+    since = np.full((plan.world, len(plan.blocks)), stages, np.int32)
+    np.minimum.at(since, (moves.dst[~moves.home], moves.block[~moves.home]), moves.stop[~moves.home])
+    since[_owners(plan), np.arange(len(plan.blocks))] = 0
     if direction == "backward":
-        here |= _arrived_in_forward(plan)
-    results: set[tuple[int, int]] = set()
-    starting, stopping, computing = _by_stage(schedule)
-    for stage in range(schedule.stages):
-        for move in stopping[stage]:
-            (results if move.home else here).add((move.dst, move.block))
-        for move in starting[stage]:
-            if move.home and (move.src, move.block) not in results:
-                raise PlanError(f"{direction}: there is no result to send in {move}")
-            if not move.home and (move.src, move.block) not in here:
-                raise PlanError(f"{direction}: rank {move.src} does not hold what it sends in {move}")
-            if move.home:
-                results.remove((move.src, move.block))
-        for piece in computing[stage]:
-            for block in piece.q + piece.kv:
-                if (piece.rank, block) not in here:
-                    raise PlanError(f"{direction}: {piece} lacks block {block}, {plan.blocks[block]}")
-            results.update((piece.rank, block) for block in piece.q + (piece.kv if direction == "backward" else ()))
-    for rank, index in results:
-        if rank != plan.blocks[index].owner:
-            raise PlanError(f"{direction}: a result of block {index}, {plan.blocks[index]}, is left on rank {rank}")
+        for rank, block in _arrived_in_forward(plan):
+            since[rank, block] = 0
+    missing = ~moves.home & (since[moves.src, moves.block] > moves.start)
+    if missing.any():
+        move = schedule.moves[missing.argmax()]
+        raise PlanError(f"{direction}: rank {move.src} does not hold what it sends in {move}")
+    for uses in (pieces.q, pieces.kv):
+        lacking = since[pieces.rank[uses.pieces], uses.blocks] > pieces.stage[uses.pieces]
+        if lacking.any():
+            at = lacking.argmax()
+            piece, block = schedule.pieces[uses.pieces[at]], uses.blocks[at]
+            raise PlanError(f"{direction}: {piece} lacks block {block}, {plan.blocks[block]}")
 
 
-def _arrived_in_forward(plan: Plan) -> set[tuple[int, int]]:
-    arrived = {(move.dst, move.block) for move in plan.forward.moves if not move.home}
+def _arrived_in_forward(plan: Plan) -> frozenset[tuple[int, int]]:
+    arrived = {(move.dst, move.block) for move in plan.forward.moves if not move.home} if plan.kept else set()
     for rank, block in plan.kept:
         if (rank, block) not in arrived or plan.blocks[block].side != "kv":
             raise PlanError(
                 f"kept names block {block} on rank {rank}, which no forward move of keys and values brings there"
             )
-    return set(plan.kept)
+    return plan.kept
 
 
-def _by_stage(schedule: Schedule) -> tuple[dict[int, list[Move]], dict[int, list[Move]], dict[int, list[Piece]]]:
-    starting: dict[int, list[Move]] = defaultdict(list)
-    stopping: dict[int, list[Move]] = defaultdict(list)
-    computing: dict[int, list[Piece]] = defaultdict(list)
-    for move in schedule.moves:
-        starting[move.start].append(move)
-        stopping[move.stop].append(move)
-    for piece in schedule.pieces:
-        computing[piece.stage].append(piece)
-    return starting, stopping, computing
+# What happens to a result on one rank within one stage, in this order.
+_ARRIVES, _LEAVES, _IS_COMPUTED = range(3)
 
 
-def _elements_sent(plan: Plan, direction: str, head_dim: int, batch: int) -> list[tuple[int, int]]:
-    """By rank: (elements in the tensors' own dtype, elements in the accumulation dtype)."""
-    sent = [[0, 0] for _ in range(plan.world)]
-    for move in _schedule(plan, direction).moves:
-        for part in parts(plan, move, backward=direction == "backward"):
-            sent[move.src][part.accumulated] += batch * part.rows * part.heads * (head_dim if part.wide else 1)
-    return [(own, wide) for own, wide in sent]
+def _check_results(plan: Plan, direction: Direction) -> None:
+    """Every result comes home.
+
+    Results are added where they meet and forgotten where they leave, so none is ever doubled; what is to be shown is
+    that there is one wherever one leaves, and that none is left behind.
+    """
+    schedule = plan.schedule(direction)
+    moves, pieces, stages = schedule.move_columns, schedule.piece_columns, schedule.stages
+
+    def events(rank: np.ndarray, block: np.ndarray, stage: np.ndarray, what: int) -> np.ndarray:
+        """One number each, which sorts by place (rank and block), then by time."""
+        return ((rank * len(plan.blocks) + block) * stages + stage) * 3 + what
+
+    home = moves.home
+    happened = [
+        events(moves.dst[home], moves.block[home], moves.stop[home], _ARRIVES),
+        events(moves.src[home], moves.block[home], moves.start[home], _LEAVES),
+    ]
+    for uses in (pieces.q, pieces.kv) if direction == "backward" else (pieces.q,):
+        happened.append(events(pieces.rank[uses.pieces], uses.blocks, pieces.stage[uses.pieces], _IS_COMPUTED))
+    in_order = np.sort(np.concatenate(happened))
+    (place, _), leaves = np.divmod(in_order, 3 * stages), in_order % 3 == _LEAVES
+    continues = np.append(False, place[1:] == place[:-1])[: len(place)]
+    nothing = leaves & ~(continues & ~np.roll(leaves, 1))
+    if nothing.any():
+        at = int(np.flatnonzero(events(moves.src, moves.block, moves.start, _LEAVES) == in_order[nothing.argmax()])[-1])
+        raise PlanError(f"{direction}: there is no result to send in {schedule.moves[at]}")
+    last = ~np.append(continues[1:], False)[: len(place)]
+    rank, block = np.divmod(place[last & ~leaves], max(1, len(plan.blocks)))
+    left = rank != _owners(plan)[block]
+    if left.any():
+        index, where = int(block[left.argmax()]), rank[left.argmax()]
+        raise PlanError(f"{direction}: a result of block {index}, {plan.blocks[index]}, is left on rank {where}")
 
 
-def _peak(plan: Plan, direction: str) -> int:
-    """Most foreign slots x kv heads on one rank at once: from the stage a receive is posted to the last use."""
-    schedule = _schedule(plan, direction)
-    last: dict[tuple[int, int], int] = {}
-    first: dict[tuple[int, int], int] = {}
-    for move in schedule.moves:
-        if not move.home:
-            last[move.src, move.block] = max(last.get((move.src, move.block), 0), move.start)
-            key = (move.dst, move.block)
-            first[key] = min(first.get(key, move.start), move.start)
-    for piece in schedule.pieces:
-        for block in piece.kv:
-            last[piece.rank, block] = max(last.get((piece.rank, block), 0), piece.stage)
-    change: dict[int, Counter[int]] = defaultdict(Counter)
-    for (rank, block), stage in first.items():
-        if plan.blocks[block].side == "kv":
-            change[rank][stage] += plan.blocks[block].size
-            change[rank][last.get((rank, block), stage) + 1] -= plan.blocks[block].size
-    peaks = [0]
-    for stages in change.values():
-        held = 0
-        for stage in sorted(stages):
-            held += stages[stage]
-            peaks.append(held)
-    return max(peaks)
+def _owners(plan: Plan) -> np.ndarray:
+    return np.array([block.owner for block in plan.blocks], np.int64)
