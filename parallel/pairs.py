@@ -25,7 +25,7 @@ class VisiblePairs:
     area: np.ndarray
 
     def of(self, q: np.ndarray, kv: np.ndarray) -> np.ndarray:
-        """int64: pairs between blocks of rows and blocks of keys, given by index, as many of the one as of the other."""
+        """int64: the pairs of each block of rows in `q`, by index, with the block of keys beside it in `kv`."""
         return self.area[self.span[q], self.span[kv]]
 
 
