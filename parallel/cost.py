@@ -52,7 +52,7 @@ def compute_seconds(
             accumulate=not sole,
             out_given=not (backward and travels),
         )
-        seconds[index] = _fastest(problem, _work(n_rows, n_keys, n_pairs, tensors.batch), backend)
+        seconds[index] = _fastest(problem, _work(n_rows, n_keys, n_pairs, tensors.batch, visible.batch), backend)
     total = np.zeros((plan.world, schedule.stages))
     np.add.at(total, (pieces.rank, pieces.stage), seconds[kind])
     if not sole and schedule.stages:
@@ -73,15 +73,15 @@ def _distinct(columns: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return stacked[first], number
 
 
-def _work(rows: int, keys: int, pairs: int, batch: int) -> Work:
-    """What a piece is to a kernel, judged by how many of its pairs are visible."""
+def _work(rows: int, keys: int, pairs: int, batch: int, mask_batch: int) -> Work:
+    """What a piece is to a kernel, judged by how many of its pairs are visible in the `mask_batch` rows of the mask."""
     kind: Kind = "lists"
-    if pairs == rows * keys:
+    if pairs == mask_batch * rows * keys:
         kind = "full"
-    elif rows <= keys and pairs == rows * keys - rows * (rows - 1) // 2:
+    elif rows <= keys and pairs == mask_batch * (rows * keys - rows * (rows - 1) // 2):
         kind = "causal"
-    length = 2 * pairs / max(1, rows) if kind == "lists" else math.sqrt(rows * keys)
-    return Work(kind, rows, keys, pairs * batch, length)
+    length = 2 * pairs / max(1, mask_batch * rows) if kind == "lists" else math.sqrt(rows * keys)
+    return Work(kind, rows, keys, pairs * batch // mask_batch, length)
 
 
 def _fastest(problem: Problem, work: Work, backend: str) -> float:

@@ -18,11 +18,13 @@ class VisiblePairs:
     """Visible pairs of one query head between all blocks of rows and all blocks of keys, whatever pieces a plan holds.
 
     Blocks with the same owner and slots differ in heads only, and share a span: `span` int64 `[blocks]` counts spans
-    for each side by itself, and `area` int64 `[spans of rows, spans of keys]` is summed over the batch of the mask.
+    for each side by itself, and `area` int64 `[spans of rows, spans of keys]` is summed over the `batch` rows of the
+    mask.
     """
 
     span: np.ndarray
     area: np.ndarray
+    batch: int
 
     def of(self, q: np.ndarray, kv: np.ndarray) -> np.ndarray:
         """int64: the pairs of each block of rows in `q`, by index, with the block of keys beside it in `kv`."""
@@ -52,7 +54,7 @@ def visible_pairs(plan: Plan, order: Order, mask: IntervalMask) -> VisiblePairs:
         below = _sum_below(np.concatenate([begin, anchor_begin]), edges)
         below -= _sum_below(np.concatenate([end, anchor_end]), edges)
         np.add.at(counts, holder, np.diff(below))
-    return VisiblePairs(span, area)
+    return VisiblePairs(span, area, mask.batch)
 
 
 def _positions(order: Order, span: Span) -> np.ndarray:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from farspan.kernels import BACKENDS
 from farspan.models.config import ModelConfig, RecomputeMode
+from farspan.parallel.cluster import load_cluster
 from farspan.parallel.orders import ORDERS
 from farspan.parallel.plans import PLANS
 
@@ -92,7 +93,8 @@ class ParallelSection(_Section):
     sequence_parallel: bool = False
     """Divide tokens over the tensor ranks outside attention and feed-forward; needs CUDA."""
     plan: str = "ring"
-    """How attention over a shared sequence is carried out."""
+    """How attention over a shared sequence is carried out; `auto` is what the time model expects to be the fastest on
+    `cluster`, for the first rows of the text."""
     order: str = "zigzag"
     """Which tokens of a sequence each rank holds."""
     stripe: int = Field(128, gt=0)
@@ -180,13 +182,15 @@ class RunConfig(_Section):
     optimizer: OptimizerSection = OptimizerSection()  # type: ignore[call-arg]
     eval: EvalSection = EvalSection()  # type: ignore[call-arg]
     checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
+    cluster: str = "h200"
+    """The machines, for predictions and for `parallel.plan: auto`: a name in configs/clusters, or a .yaml file's path."""
     deepspeed: dict[str, Any] | Path = Field(default_factory=dict)
     """Further keys of a DeepSpeed configuration, inline or as the path of a JSON file; none that is set elsewhere."""
 
     @model_validator(mode="after")
     def _check_choices(self) -> RunConfig:
         for key, value, choices in (
-            ("parallel.plan", self.parallel.plan, list(PLANS)),
+            ("parallel.plan", self.parallel.plan, [*PLANS, "auto"]),
             ("parallel.order", self.parallel.order, list(ORDERS)),
             ("attention.backend", self.attention.backend, list(BACKENDS)),
         ):
@@ -207,6 +211,7 @@ class RunConfig(_Section):
         if self.parallel.sequence_parallel and self.parallel.tensor == 1:
             raise ValueError("parallel.sequence_parallel divides tokens over tensor ranks, but parallel.tensor is 1")
         self.model.check_tensor_degree(self.parallel.tensor)
+        load_cluster(self.cluster)
         return self
 
     @model_validator(mode="after")

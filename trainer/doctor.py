@@ -24,6 +24,7 @@ from farspan.parallel.prepare import prepare
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem, describe_backends
 from farspan.trainer.feed import step_rows
+from farspan.trainer.plan_choice import plan_name
 
 Report = Callable[[str], None]
 Capability = tuple[int, int]
@@ -100,9 +101,10 @@ def _describe_batch(config: RunConfig, processes: int, tensors: Problem, report:
     except MeshError as error:
         raise ConfigError(str(error)) from error
     order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
-    mask, rows = _first_mask(config, order, degrees.data)
+    mask, rows = first_mask(config, order, degrees.data)
     report(f"{'batch':<14}{rows}")
-    plan = plans.build(parallel.plan, order, mask, (tensors.heads, tensors.kv_heads))
+    name, _ = plan_name(config, order, lambda: mask)
+    plan = plans.build(name, order, mask, (tensors.heads, tensors.kv_heads))
 
     ranks = sorted({i * (order.world - 1) // (_RANKS - 1) for i in range(_RANKS)})
     named = f"context rank {', '.join(map(str, ranks))} of {order.world}"
@@ -112,7 +114,7 @@ def _describe_batch(config: RunConfig, processes: int, tensors: Problem, report:
         report(f"{'':<14}{line}")
 
 
-def _first_mask(config: RunConfig, order: Order, data: int) -> tuple[IntervalMask, str]:
+def first_mask(config: RunConfig, order: Order, data: int) -> tuple[IntervalMask, str]:
     """The mask of the first batch, and what it is; of rows with one document each where there is no text yet."""
     length, across = config.train.sequence_length, config.attention.across_documents
     try:

@@ -12,6 +12,7 @@ from farspan.data.batch import Batch, StepRows, make_batch
 from farspan.data.corpus import Corpus
 from farspan.data.prepared import Prepared
 from farspan.data.rows import IGNORED, Row, Rows
+from farspan.kernels import IntervalMask
 from farspan.models.config import ModelConfig
 from farspan.models.decoder import DecoderInput
 from farspan.parallel import orders, plans
@@ -19,6 +20,7 @@ from farspan.parallel.mesh import Mesh
 from farspan.parallel.prepare import prepare
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.config import RunConfig
+from farspan.trainer.plan_choice import plan_name
 
 
 class Feed:
@@ -26,11 +28,12 @@ class Feed:
 
     def __init__(self, config: RunConfig, model: ModelConfig, prepared: Prepared, mesh: Mesh) -> None:
         train, parallel = config.train, config.parallel
-        self.mesh, self.plan_name = mesh, parallel.plan
+        self.mesh = mesh
         self.across_documents = config.attention.across_documents
         self.heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
         self.order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
         self.steps = step_rows(config, prepared, mesh.degrees.data)
+        self.plan_name, self.plan_reason = plan_name(config, self.order, self._first_mask)
         heldout = Rows(Corpus(prepared, "heldout"), train.sequence_length, config.run.seed)
         self.heldout = heldout
         self.heldout_rows = min(config.eval.rows, len(heldout))
@@ -79,6 +82,11 @@ class Feed:
             plan=prepare(plan, batch.order, batch.mask, self.mesh.context_rank, device),
             group=self.mesh.context,
         )
+
+    def _first_mask(self) -> IntervalMask:
+        """That of the first micro-batch of data rank 0, on all ranks."""
+        rows = [self.steps.row(sample) for sample in self.steps.samples(0, 0, 0)]
+        return make_batch(rows, self.order, 0, across_documents=self.across_documents).mask
 
     def _batch(self, rows: Sequence[Row], samples: Sequence[int]) -> Batch:
         return make_batch(rows, self.order, self.mesh.context_rank, samples, self.across_documents)

@@ -23,9 +23,11 @@ def describe_start(config: RunConfig, preflight: Preflight, feed: Feed, report: 
     train, parallel = config.train, config.parallel
     report(
         f"model {config.model.preset or 'of the configuration'}: {preflight.model.parameters():,} parameters | "
-        f"mesh {preflight.degrees} | plan {parallel.plan}, order {parallel.order} | ZeRO {parallel.zero_stage}, "
+        f"mesh {preflight.degrees} | plan {feed.plan_name}, order {parallel.order} | ZeRO {parallel.zero_stage}, "
         f"{train.dtype}"
     )
+    if feed.plan_reason:
+        report(feed.plan_reason)
     report(
         f"step: {train.tokens_per_step:,} tokens = {train.rows_per_step} rows of {train.sequence_length:,} | "
         f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents, "

@@ -1,0 +1,84 @@
+"""`parallel.plan: auto`: the plan that the time model expects to be the fastest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from farspan.kernels import IntervalMask
+from farspan.parallel import balance, plans
+from farspan.parallel.cluster import Cluster, load_cluster
+from farspan.parallel.cost import choose, compute_seconds
+from farspan.parallel.orders import Order
+from farspan.parallel.pairs import VisiblePairs, visible_pairs
+from farspan.parallel.plan import DIRECTIONS, Direction, Plan
+from farspan.parallel.timeline import Timeline, simulate
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.describe_backends import attention_problem
+
+
+def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask]) -> tuple[str, str | None]:
+    """`parallel.plan`; for `auto` the plan chosen for a mask, and one line that says why.
+
+    A pure function of the configuration and the mask, so all ranks that are given the same mask agree. ConfigError when
+    there are no rates to choose by.
+    """
+    if config.parallel.plan != "auto":
+        return config.parallel.plan, None
+    if order.world == 1:
+        return "single", "parallel.plan auto is single: a sequence is on one rank"
+    cluster, rows = load_cluster(config.cluster), mask()
+
+    def seconds(plan: Plan) -> float:
+        elements = {d: balance.elements(plan, d, config.model.head_dim, config.train.micro_batch_rows) for d in DIRECTIONS}
+        timelines = predict_attention(config, cluster, plan, order, visible_pairs(plan, order, rows), elements)
+        return sum(timeline.seconds for timeline in timelines.values())
+
+    plan, found = choose(_legal(config, order, rows), seconds)
+    if math.isinf(found[plan.name]):
+        raise ConfigError(
+            f"parallel.plan auto goes by measured rates, and there are none for attention.backend "
+            f"{config.attention.backend}; set parallel.plan to {', '.join(found)}"
+        )
+    ranking = ", ".join(f"{name} {1e3 * found[name]:.3g} ms" for name in sorted(found, key=lambda name: found[name]))
+    return plan.name, (
+        f"parallel.plan auto is {plan.name}: attention of one layer, both directions, is expected to take {ranking} "
+        f"(cluster {config.cluster})"
+    )
+
+
+def predict_attention(
+    config: RunConfig,
+    cluster: Cluster,
+    plan: Plan,
+    order: Order,
+    visible: VisiblePairs,
+    elements: Mapping[Direction, np.ndarray],
+) -> dict[Direction, Timeline]:
+    """One layer's attention, at the rates of bf16, which are the ones that were measured."""
+    tensors = replace(attention_problem(config, cluster.compute_capability), dtype=torch.bfloat16)
+    sizes = np.array([2 if config.train.dtype == "bf16" else 4, 4])
+    return {
+        direction: simulate(
+            plan,
+            direction,
+            elements[direction] @ sizes,
+            compute_seconds(plan, direction, order, visible, tensors, config.attention.backend),
+            cluster.network(config.parallel.tensor),
+        )
+        for direction in DIRECTIONS
+    }
+
+
+def _legal(config: RunConfig, order: Order, mask: IntervalMask) -> Iterator[Plan]:
+    """All plans that can be made of this order and mask, in the order of `PLANS`."""
+    heads = (config.model.heads // config.parallel.tensor, config.model.kv_heads // config.parallel.tensor)
+    for name in plans.PLANS:
+        try:
+            yield plans.build(name, order, mask, heads)
+        except ValueError:  # says what stands in the way of this plan, and others are asked for
+            continue
