@@ -90,13 +90,13 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Prints the mesh, the plan for one row of plain causal attention, and what verifying it found."""
+    """Prints mesh, plan, its verification, expected time and memory of a step, and who computes and sends what."""
     from farspan.trainer.config import load_config
     from farspan.trainer.describe_plan import describe_plan
     from farspan.trainer.preflight import default_processes
 
     config = load_config(options.config, options.overrides)
-    describe_plan(config, default_processes(config), print)
+    describe_plan(config, default_processes(config), print, options.plot)
     return 0
 
 
@@ -189,7 +189,12 @@ def _parser() -> argparse.ArgumentParser:
         help="auto (default): go on from the newest valid checkpoint; never: refuse a run that has one",
     )
     with_config("prepare", prepare, "Encode text for training.")
-    with_config("plan", plan, "Print and verify who computes what, without starting anything.")
+    planning = with_config(
+        "plan", plan, "Print and verify who computes what, with the expected time and memory; starts nothing."
+    )
+    planning.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the work by rank and stage (needs farspan[plot])"
+    )
 
     examining = verbs.add_parser(
         "doctor",

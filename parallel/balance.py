@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from farspan.parallel.columns import cells
 from farspan.parallel.pairs import VisiblePairs
 from farspan.parallel.plan import Direction, Move, Plan, parts
 
@@ -15,7 +16,7 @@ def work(plan: Plan, direction: Direction, pairs: VisiblePairs) -> np.ndarray:
     heads = np.array([block.heads[1] - block.heads[0] for block in plan.blocks], np.int64)
     piece, q, kv = pieces.pairs()
     total = np.zeros((plan.world, schedule.stages), np.int64)
-    np.add.at(total, (pieces.rank[piece], pieces.stage[piece]), pairs.of(q, kv) * heads[q])
+    np.add.at(*cells(total, pieces.rank[piece], pieces.stage[piece]), pairs.of(q, kv) * heads[q])
     return total
 
 
@@ -49,17 +50,18 @@ def peak_slots(plan: Plan, direction: Direction) -> int:
     size = np.array([block.size if block.side == "kv" else 0 for block in plan.blocks], np.int64)
     operand = ~moves.home
     src, dst, block, start = (column[operand] for column in (moves.src, moves.dst, moves.block, moves.start))
-    first = np.full((plan.world, len(plan.blocks)), stages, np.int32)
-    last = np.full((plan.world, len(plan.blocks)), -1, np.int32)
-    np.minimum.at(first, (dst, block), start)
-    np.maximum.at(last, (src, block), start)
-    np.maximum.at(last, (pieces.rank[pieces.kv.pieces], pieces.kv.blocks), pieces.stage[pieces.kv.pieces])
+    first = np.full((plan.world, len(plan.blocks)), stages)
+    last = np.full((plan.world, len(plan.blocks)), -1)
+    np.minimum.at(*cells(first, dst, block), start)
+    np.maximum.at(*cells(last, src, block), start)
+    used = pieces.kv.pieces
+    np.maximum.at(*cells(last, pieces.rank[used], pieces.kv.blocks), pieces.stage[used])
     rank, arriving = (first < stages).nonzero()
     begins, ends = first[rank, arriving], last[rank, arriving]
     ends = np.where(ends < 0, begins, ends)  # what nobody uses is dropped as it arrives
     change = np.zeros((plan.world, stages + 1), np.int64)
-    np.add.at(change, (rank, begins), size[arriving])
-    np.subtract.at(change, (rank, ends + 1), size[arriving])
+    np.add.at(*cells(change, rank, begins), size[arriving])
+    np.subtract.at(*cells(change, rank, ends + 1), size[arriving])
     return int(change.cumsum(1).max(initial=0))
 
 

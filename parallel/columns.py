@@ -82,3 +82,8 @@ class PieceColumns(NamedTuple):
         partner = np.arange(len(q)) - np.repeat(partners.cumsum() - partners, partners)
         first = self.kv.counts.cumsum() - self.kv.counts
         return piece, q, self.kv.blocks[first[piece] + partner]
+
+
+def cells(table: np.ndarray, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A contiguous table as one axis, and indices of cells there, for a ufunc's `at`: much faster than with two."""
+    return table.reshape(-1), row * table.shape[1] + column

@@ -12,6 +12,7 @@ from farspan.kernels.backends import CHOICES, REGISTRY
 from farspan.kernels.cost import Work, call_seconds, totals_seconds
 from farspan.kernels.problem import Problem
 from farspan.kernels.rates import Kind, of_capability
+from farspan.parallel.columns import cells
 from farspan.parallel.orders import Order
 from farspan.parallel.pairs import VisiblePairs
 from farspan.parallel.plan import Direction, Plan
@@ -54,7 +55,7 @@ def compute_seconds(
         )
         seconds[index] = _fastest(problem, _work(n_rows, n_keys, n_pairs, tensors.batch, visible.batch), backend)
     total = np.zeros((plan.world, schedule.stages))
-    np.add.at(total, (pieces.rank, pieces.stage), seconds[kind])
+    np.add.at(*cells(total, pieces.rank, pieces.stage), seconds[kind])
     if not sole and schedule.stages:
         # fp32 totals of a rank's own tensors are made and cast once.
         own = replace(tensors, keys=order.slots, heads=plan.heads[0], kv_heads=plan.heads[1], backward=backward)

@@ -3,84 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from farspan.kernels import IntervalMask
 from farspan.parallel import balance
+from farspan.parallel.columns import cells
 from farspan.parallel.orders import Order
 from farspan.parallel.pairs import VisiblePairs, visible_pairs
 from farspan.parallel.plan import DIRECTIONS, Block, Direction, Plan, PlanError
+from farspan.parallel.report import Report
 
-__all__ = ["PlanError", "Report", "verify"]
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """What `verify` found out about a plan that is right.
-
-    `visible`: pairs between blocks. `work`, by direction: visible pairs x query heads, `[world, stages]`; `elements`:
-    what each move carries, `[moves, 2]` (see `balance`). `peak_slots`: the most foreign slots x kv heads that a rank
-    holds at once.
-    """
-
-    plan: Plan
-    visible: VisiblePairs
-    work: dict[Direction, np.ndarray]
-    elements: dict[Direction, np.ndarray]
-    peak_slots: dict[Direction, int]
-
-    @property
-    def pairs(self) -> int:
-        """Visible (row, key) pairs of one query head."""
-        return int(self.work["forward"].sum()) // self.plan.heads[0]
-
-    @property
-    def pairs_by_rank(self) -> list[int]:
-        return [pairs // self.plan.heads[0] for pairs in self.work["forward"].sum(1).tolist()]
-
-    @property
-    def imbalance(self) -> float:
-        return balance.imbalance(self.work["forward"])
-
-    @property
-    def stage_imbalance(self) -> float:
-        return balance.stage_imbalance(self.work["forward"])
-
-    @property
-    def links(self) -> tuple[str, ...]:
-        """The communicators that the plan uses."""
-        return tuple(sorted({link for d in DIRECTIONS for link in self.plan.schedule(d).move_columns.links}))
-
-    def moves(self, direction: Direction, link: str) -> int:
-        """How many moves go over one link."""
-        columns = self.plan.schedule(direction).move_columns
-        return int((columns.link == columns.links.index(link)).sum()) if link in columns.links else 0
-
-    def bytes_by_stage(
-        self, direction: Direction, itemsize: int, accumulation_itemsize: int, link: str | None = None
-    ) -> np.ndarray:
-        """Bytes sent, over one link or all, `[world, stages]`, at the stages in which they leave.
-
-        For operands of `itemsize` bytes, and the head dim and batch that `verify` was given.
-        """
-        schedule = self.plan.schedule(direction)
-        moves = schedule.move_columns
-        size = self.elements[direction] @ np.array([itemsize, accumulation_itemsize], np.int64)
-        if link is not None:
-            size = size * (moves.link == (moves.links.index(link) if link in moves.links else -1))
-        sent = np.zeros((self.plan.world, schedule.stages), np.int64)
-        np.add.at(sent, (moves.src, moves.start), size)
-        return sent
-
-    def bytes_sent(
-        self, direction: Direction, itemsize: int, accumulation_itemsize: int, link: str | None = None
-    ) -> list[int]:
-        """By rank; see `bytes_by_stage`."""
-        sent: list[int] = self.bytes_by_stage(direction, itemsize, accumulation_itemsize, link).sum(1).tolist()
-        return sent
+__all__ = ["PlanError", "verify"]
 
 
 def verify(plan: Plan, order: Order, mask: IntervalMask, *, head_dim: int = 1, batch: int = 1) -> Report:
@@ -151,7 +86,7 @@ def _check_coverage(plan: Plan, direction: Direction, visible: VisiblePairs) -> 
         raise PlanError(f"{direction}: {blocks[i]} x {blocks[j]} is computed {times} times")
     # No pair of blocks is there twice and all have heads that meet: so it is enough to count those of each two spans.
     found = np.zeros_like(visible.area)
-    np.add.at(found, (visible.span[q], visible.span[kv]), 1)
+    np.add.at(*cells(found, visible.span[q], visible.span[kv]), 1)
     missing = (visible.area > 0) & (found < _pairs_of_heads(plan, visible))
     if missing.any():
         i, j = _first_missing(plan, visible, missing, set(computed.tolist()))
@@ -216,13 +151,14 @@ def _check_operands(plan: Plan, direction: Direction) -> None:
     """
     schedule = plan.schedule(direction)
     moves, pieces, stages = schedule.move_columns, schedule.piece_columns, schedule.stages
-    since = np.full((plan.world, len(plan.blocks)), stages, np.int32)
-    np.minimum.at(since, (moves.dst[~moves.home], moves.block[~moves.home]), moves.stop[~moves.home])
+    since = np.full((plan.world, len(plan.blocks)), stages)
+    operand = ~moves.home
+    np.minimum.at(*cells(since, moves.dst[operand], moves.block[operand]), moves.stop[operand])
     since[_owners(plan), np.arange(len(plan.blocks))] = 0
     if direction == "backward":
         for rank, block in _arrived_in_forward(plan):
             since[rank, block] = 0
-    missing = ~moves.home & (since[moves.src, moves.block] > moves.start)
+    missing = operand & (since[moves.src, moves.block] > moves.start)
     if missing.any():
         move = schedule.moves[missing.argmax()]
         raise PlanError(f"{direction}: rank {move.src} does not hold what it sends in {move}")

@@ -183,7 +183,7 @@ class RunConfig(_Section):
     eval: EvalSection = EvalSection()  # type: ignore[call-arg]
     checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
     cluster: str = "h200"
-    """The machines, for predictions and for `parallel.plan: auto`: a name in configs/clusters, or a .yaml file's path."""
+    """The machines, for predictions and for `parallel.plan: auto`: a name in configs/clusters, or a .yaml's path."""
     deepspeed: dict[str, Any] | Path = Field(default_factory=dict)
     """Further keys of a DeepSpeed configuration, inline or as the path of a JSON file; none that is set elsewhere."""
 

@@ -1,47 +1,114 @@
-"""`farspan plan`: who computes what and sends what, from the configuration alone."""
+"""`farspan plan`: who computes and sends what, how long it takes and what it needs, from the configuration alone."""
 
 from __future__ import annotations
 
+import gc
+import math
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
-from farspan.kernels import masks
-from farspan.parallel import orders, plans
-from farspan.parallel.degrees import Degrees, MeshError
-from farspan.parallel.verify import verify
-from farspan.trainer.config import ConfigError, RunConfig
+from farspan.parallel import balance
+from farspan.parallel.plan import DIRECTIONS
+from farspan.trainer.config import RunConfig
+from farspan.trainer.describe_step import Say, say_memory, say_time
+from farspan.trainer.plan_table import by_rank
+from farspan.trainer.planned import Planned, plan_of
+
+_WIDTH, _INDENT = 100, 14
 
 
-def describe_plan(config: RunConfig, processes: int, report: Callable[[str], None]) -> None:
-    """Mesh, plan and verification for one row of plain causal attention. ConfigError for an impossible mesh."""
-    parallel, train, model = config.parallel, config.train, config.model
+def describe_plan(config: RunConfig, processes: int, report: Callable[[str], None], plot: Path | None = None) -> None:
+    """For rows of plain causal attention: mesh, plan, verification, work and bytes, time and memory of a step.
+
+    ConfigError for an impossible mesh, or when `plot` is given and matplotlib is not installed.
+    """
+    # A thousand ranks make millions of moves and pieces, and to look for cycles among them takes half of the time.
+    collecting = gc.isenabled()
+    gc.disable()
     try:
-        degrees = Degrees.divide(processes, parallel.context, parallel.tensor)
-    except MeshError as error:
-        raise ConfigError(str(error)) from error
-    heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
-    order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
-    mask = masks.causal(train.sequence_length)
-    plan = plans.build(parallel.plan, order, mask, heads)
-    found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
-    item = 2 if train.dtype == "bf16" else 4
-    report(f"mesh          {degrees.world} processes = {degrees}")
-    report(
-        f"sequence      {order.length:,} tokens in {order.name} order, {order.slots:,} slots a rank"
-        f" ({order.slots * order.world - order.length:,} padding)"
+        _describe(config, processes, report, plot)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _describe(config: RunConfig, processes: int, report: Callable[[str], None], plot: Path | None) -> None:
+    def say(subject: str, text: str) -> None:
+        begin = " " * _INDENT
+        for line in textwrap.wrap(text, _WIDTH, initial_indent=f"{subject:<{_INDENT}}", subsequent_indent=begin):
+            report(line)
+
+    if plot is not None:
+        from farspan.trainer.plan_plot import require_matplotlib
+
+        require_matplotlib()
+    planned, reason = plan_of(config, processes)
+    _say_mesh(planned, say)
+    if reason is not None:
+        say("choice", reason)
+    _say_traffic(planned, say)
+    say_time(planned, say)
+    say_memory(planned, say)
+    say(
+        "verified",
+        "in both directions: every pair once, operands in place, every result home; sends and receives agree, and no "
+        "rank waits in a circle",
     )
-    report(
-        f"plan          {plan.name}: {heads[0]} query and {heads[1]} kv heads a rank, {len(plan.blocks)} blocks, "
-        f"{plan.forward.stages} stages forward, {plan.backward.stages} backward, digest {plan.digest()}"
+    if planned.plan.world > 1:
+        for line in by_rank(planned.found, planned.itemsize, _WIDTH):
+            report(line)
+    if plot is not None:
+        from farspan.trainer.plan_plot import plot_work
+
+        plot_work(planned.found, plot)
+        say("plot", str(plot))
+
+
+def _say_mesh(planned: Planned, say: Say) -> None:
+    plan, order, degrees, cluster = planned.plan, planned.order, planned.degrees, planned.cluster
+    nodes = math.ceil(degrees.world / cluster.gpus_per_node)
+    say("mesh", f"{degrees.world} processes = {degrees}")
+    say(
+        "cluster",
+        f"{planned.config.cluster}: {nodes} node{'' if nodes == 1 else 's'} of {cluster.gpus_per_node} {cluster.gpu}, "
+        f"{cluster.inner.gigabytes_per_second:g} GB/s inside, {cluster.outer.gigabytes_per_second:g} GB/s between them",
     )
-    report(
-        f"attention     {found.pairs:,} visible pairs a head; the busiest rank has {found.imbalance:.3f} of the mean, "
-        f"{found.stage_imbalance:.3f} when ranks wait for each other at every stage"
+    say(
+        "sequence",
+        f"{order.length:,} tokens in {order.name} order, {order.slots:,} slots a rank"
+        f" ({order.slots * order.world - order.length:,} padding)",
     )
-    for direction in ("forward", "backward"):
-        sent = [count / 1e6 for count in found.bytes_sent(direction, item, 4)]
-        peak = found.peak_slots[direction] * 2 * model.head_dim * item * train.micro_batch_rows / 1e6
-        report(
-            f"{direction:<13} each layer sends {max(sent):,.3f} MB from the busiest rank, {sum(sent):,.3f} MB in all; "
-            f"a rank holds {peak:,.3f} MB of foreign keys and values at once"
+    say(
+        "plan",
+        f"{plan.name}: {plan.heads[0]} query and {plan.heads[1]} kv heads a rank, {len(plan.blocks):,} blocks, "
+        f"{plan.forward.stages:,} stages forward, {plan.backward.stages:,} backward, digest {plan.digest()}",
+    )
+
+
+def _say_traffic(planned: Planned, say: Say) -> None:
+    plan, found, train = planned.plan, planned.found, planned.config.train
+    say(
+        "attention",
+        f"{found.pairs:,} visible pairs a head; the busiest rank has {found.imbalance:.3f} of the mean, "
+        f"{found.stage_imbalance:.3f} when ranks wait for each other at every stage",
+    )
+    per_node = planned.cluster.network(planned.degrees.tensor).ranks_per_node
+    for direction in DIRECTIONS:
+        sent = [count / 1e6 for count in found.bytes_sent(direction, planned.itemsize, 4)]
+        slot = 2 * planned.config.model.head_dim * planned.itemsize * train.micro_batch_rows
+        text = (
+            f"each layer sends {max(sent):,.3f} MB from the busiest rank, {sum(sent):,.3f} MB in all; "
+            f"a rank holds {found.peak_slots[direction] * slot / 1e6:,.3f} MB of foreign keys and values at once"
         )
-    report("verified      every pair once, operands in place, every result home")
+        links = [
+            f"{link} {sum(found.bytes_sent(direction, planned.itemsize, 4, link)) / 1e6:,.3f} MB in "
+            f"{found.moves(direction, link):,} moves"
+            for link in found.links
+        ]
+        if len(links) > 1:
+            text += f"; by link: {', '.join(links)}"
+        if plan.world > per_node:
+            times = balance.crossings(plan, direction, per_node)
+            text += f"; what other nodes need enters each of them {'once' if times <= 1 else f'up to {times} times'}"
+        say(direction, text)

@@ -11,19 +11,15 @@ from pathlib import Path
 
 import torch
 
-from farspan.data.batch import make_batch
-from farspan.data.errors import DataError
-from farspan.data.prepared import load_prepared
-from farspan.kernels import IntervalMask, masks, rates
+from farspan.kernels import rates
 from farspan.kernels.backends import REGISTRY
 from farspan.kernels.problem import Problem
 from farspan.parallel import orders, plans
 from farspan.parallel.degrees import Degrees, MeshError
-from farspan.parallel.orders import Order
 from farspan.parallel.prepare import prepare
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem, describe_backends
-from farspan.trainer.feed import step_rows
+from farspan.trainer.first_rows import first_mask
 from farspan.trainer.plan_choice import plan_name
 
 Report = Callable[[str], None]
@@ -112,22 +108,6 @@ def _describe_batch(config: RunConfig, processes: int, tensors: Problem, report:
     prepared = (prepare(plan, order, mask, rank) for rank in ranks)
     for line in describe_backends(prepared, tensors, config.attention.backend):
         report(f"{'':<14}{line}")
-
-
-def first_mask(config: RunConfig, order: Order, data: int) -> tuple[IntervalMask, str]:
-    """The mask of the first batch, and what it is; of rows with one document each where there is no text yet."""
-    length, across = config.train.sequence_length, config.attention.across_documents
-    try:
-        prepared = load_prepared(config.data.directory)
-    except DataError as error:
-        return masks.causal(length), f"rows of one document, {length:,} tokens, since there is no text. {error}"
-    rows = step_rows(config, prepared, data)
-    taken = [rows.row(sample) for sample in rows.samples(0, 0, 0)]
-    documents = sum(len(row.cu_seqlens) - 1 for row in taken)
-    seen = "seen across documents" if across else "each seen by itself"
-    plural = "" if documents == 1 else "s"
-    words = f"the first of training: {len(taken)} x {length:,} tokens, {documents} document{plural}, {seen}"
-    return make_batch(taken, order, 0, across_documents=across).mask, words
 
 
 def _dtype(tensors: Problem) -> str:

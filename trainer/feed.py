@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch.distributed as dist
 
-from farspan.data.batch import Batch, StepRows, make_batch
+from farspan.data.batch import Batch, make_batch
 from farspan.data.corpus import Corpus
 from farspan.data.prepared import Prepared
 from farspan.data.rows import IGNORED, Row, Rows
@@ -20,6 +20,7 @@ from farspan.parallel.mesh import Mesh
 from farspan.parallel.prepare import prepare
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.config import RunConfig
+from farspan.trainer.first_rows import step_rows
 from farspan.trainer.plan_choice import plan_name
 
 
@@ -90,15 +91,3 @@ class Feed:
 
     def _batch(self, rows: Sequence[Row], samples: Sequence[int]) -> Batch:
         return make_batch(rows, self.order, self.mesh.context_rank, samples, self.across_documents)
-
-
-def step_rows(config: RunConfig, prepared: Prepared, data: int) -> StepRows:
-    """The training rows, dealt out to `data` data ranks."""
-    train = config.train
-    return StepRows(
-        rows=Rows(Corpus(prepared, "train"), train.sequence_length, config.run.seed),
-        seed=config.run.seed,
-        rows_per_step=train.rows_per_step,
-        micro_batch_rows=train.micro_batch_rows,
-        data=data,
-    )

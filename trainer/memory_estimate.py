@@ -88,7 +88,7 @@ def _states(config: RunConfig, degrees: Degrees) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Bytes of one layer for the tokens of one rank. `saved` is all that autograd saves, `input` and `results` included.
+    """Bytes of one layer for the tokens of one rank. `saved` is all that autograd saves, with `input` and `results`.
 
     `results` are attention's out and lse; `inner` is one tensor inside the feed-forward, `stream` one gradient of the
     residual stream, `angles` the rotary cosines and sines, which all layers share.
@@ -119,9 +119,7 @@ class _Layer:
         return cls(divided, results, saved, inner, stream, rows, 4 * tokens * model.head_dim)
 
 
-def _moments(
-    config: RunConfig, degrees: Degrees, layer: _Layer, recomputed: int, plan_bytes: int
-) -> dict[str, int]:
+def _moments(config: RunConfig, degrees: Degrees, layer: _Layer, recomputed: int, plan_bytes: int) -> dict[str, int]:
     """What each of the moments that may be the fullest takes beyond states and kept tensors."""
     model, size = config.model, _itemsize(config)
     vocabulary = (model.vocabulary_size or 0) // degrees.tensor

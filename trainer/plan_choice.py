@@ -34,7 +34,9 @@ def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask])
     cluster, rows = load_cluster(config.cluster), mask()
 
     def seconds(plan: Plan) -> float:
-        elements = {d: balance.elements(plan, d, config.model.head_dim, config.train.micro_batch_rows) for d in DIRECTIONS}
+        elements = {
+            d: balance.elements(plan, d, config.model.head_dim, config.train.micro_batch_rows) for d in DIRECTIONS
+        }
         timelines = predict_attention(config, cluster, plan, order, visible_pairs(plan, order, rows), elements)
         return sum(timeline.seconds for timeline in timelines.values())
 

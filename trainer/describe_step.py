@@ -1,0 +1,98 @@
+"""The time and the memory of an optimizer step, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from farspan.kernels import rates
+from farspan.trainer.memory_estimate import estimate_memory, remedies
+from farspan.trainer.plan_choice import predict_attention
+from farspan.trainer.planned import Planned
+from farspan.trainer.step_estimate import estimate_step
+
+Say = Callable[[str, str], None]
+
+
+def say_time(planned: Planned, say: Say) -> None:
+    config, cluster, found = planned.config, planned.cluster, planned.found
+    train = config.train
+    if train.rows_per_step % (planned.degrees.data * train.micro_batch_rows):
+        say(
+            "step",
+            f"cannot be divided: data {planned.degrees.data} x train.micro_batch_rows {train.micro_batch_rows} "
+            f"do not go into the {train.rows_per_step} rows of train.tokens_per_step",
+        )
+        return
+    if train.dtype != "bf16":
+        say("step", "no time predicted: rates were measured in bf16, and train.dtype is fp32")
+        return
+    timelines = predict_attention(config, cluster, planned.plan, planned.order, found.visible, found.elements)
+    forward, backward = timelines["forward"], timelines["backward"]
+    if math.isinf(forward.seconds + backward.seconds):
+        say("step", f"no time predicted: there are no rates of attention.backend {config.attention.backend}")
+        return
+    tokens = planned.order.slots * train.micro_batch_rows
+    step = estimate_step(config, planned.degrees, cluster, forward, backward, tokens)
+    table = rates.of_capability(cluster.compute_capability)
+    say(
+        "layer",
+        "attention "
+        + ", ".join(
+            f"{direction} {1e3 * line.seconds:,.2f} ms ({1e3 * line.exposed_seconds:,.2f} waiting)"
+            for direction, line in timelines.items()
+        )
+        + f", by the rates of {table.device}",
+    )
+    say(
+        "step",
+        f"{step.total:,.3f} s expected, {train.tokens_per_step / step.total:,.0f} tokens/s: {step.compute:,.3f} s of "
+        f"compute and {step.exposed:,.3f} s of exposed communication ({100 * step.exposed / step.total:.1f} %)",
+    )
+    say(
+        "",
+        f"compute: attention {step.attention:,.3f}, linear layers {step.linear:,.3f}, loss {step.loss:,.3f}, "
+        f"element-wise {step.elementwise:,.3f}, optimizer {step.optimizer:,.3f}",
+    )
+    say(
+        "",
+        f"exposed: attention {step.waiting:,.3f}, tensor parallelism {step.tensor:,.3f}, gradients and weights "
+        f"{step.reduction:,.3f}",
+    )
+
+
+def say_memory(planned: Planned, say: Say) -> None:
+    config, cluster, degrees = planned.config, planned.cluster, planned.degrees
+    plan_bytes = _plan_bytes(planned)
+    memory = estimate_memory(config, degrees, plan_bytes)
+    available = int(cluster.memory_gib * 2**30)
+
+    def gib(bytes_: int) -> str:
+        return f"{bytes_ / 2**30:.2f}"
+
+    say("memory", f"{gib(memory.total)} of {cluster.memory_gib:.1f} GiB of a GPU, when it is fullest ({memory.moment})")
+    engine = f", DeepSpeed's buffers {gib(memory.engine)}" if memory.engine else ""
+    say(
+        "",
+        f"weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}{engine}; "
+        f"kept by layers {gib(memory.kept)}, {memory.moment} {gib(memory.working)} (of other ranks and on the way "
+        f"{gib(plan_bytes)}); beside tensors {gib(memory.beside)}",
+    )
+    if memory.total > available:
+        changes = list(remedies(config, degrees, plan_bytes, available))
+        advice = (
+            f"set {', or '.join(changes)}"
+            if changes
+            else (
+                "no single change is enough: raise parallel.context, parallel.tensor and parallel.zero_stage together"
+            )
+        )
+        say("does not fit", f"by {(memory.total - available) / 2**30:.1f} GiB: {advice}")
+
+
+def _plan_bytes(planned: Planned) -> int:
+    """Keys and values of other ranks, and what is on its way to and from a rank at the busiest stage."""
+    found, train = planned.found, planned.config.train
+    slot = 2 * planned.config.model.head_dim * planned.itemsize * train.micro_batch_rows
+    sent = found.bytes_by_stage("backward", planned.itemsize, 4)
+    return found.peak_slots["backward"] * slot + 2 * int(sent.max(initial=0))

@@ -1,0 +1,56 @@
+"""A plan made and verified from the configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from farspan.kernels import masks
+from farspan.parallel import orders, plans
+from farspan.parallel.cluster import Cluster, load_cluster
+from farspan.parallel.degrees import Degrees, MeshError
+from farspan.parallel.orders import Order
+from farspan.parallel.plan import Plan
+from farspan.parallel.report import Report
+from farspan.parallel.verify import verify
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.first_rows import first_mask
+from farspan.trainer.plan_choice import plan_name
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What `farspan plan` describes."""
+
+    config: RunConfig
+    cluster: Cluster
+    degrees: Degrees
+    order: Order
+    plan: Plan
+    found: Report
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.config.train.dtype == "bf16" else 4
+
+
+def plan_of(config: RunConfig, processes: int) -> tuple[Planned, str | None]:
+    """For rows of plain causal attention; with the reason where `parallel.plan` is `auto`.
+
+    ConfigError for an impossible mesh.
+    """
+    parallel, train = config.parallel, config.train
+    model = config.model
+    if model.vocabulary_size is None:
+        model = model.model_copy(update={"vocabulary_size": config.data.vocabulary_size})
+        config = config.model_copy(update={"model": model})
+    try:
+        degrees = Degrees.divide(processes, parallel.context, parallel.tensor)
+    except MeshError as error:
+        raise ConfigError(str(error)) from error
+    heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
+    order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
+    mask = masks.causal(train.sequence_length)
+    name, reason = plan_name(config, order, lambda: first_mask(config, order, degrees.data)[0])
+    plan = plans.build(name, order, mask, heads)
+    found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
+    return Planned(config, load_cluster(config.cluster), degrees, order, plan, found), reason
