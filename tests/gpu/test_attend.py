@@ -15,6 +15,7 @@ from torch import Tensor
 from farspan.kernels import IntervalMask, attend, attend_backward, masks, row_delta
 from farspan.kernels.backends import REGISTRY
 from farspan.kernels.problem import Problem
+from farspan.kernels.tiles import TileMap
 from farspan.kernels.triton.hopper import launch as hopper
 
 pytestmark = pytest.mark.gpu
@@ -22,10 +23,14 @@ pytestmark = pytest.mark.gpu
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def inputs(length: int, heads: tuple[int, int], dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+def inputs(
+    length: int, heads: tuple[int, int], dim: int, keys: int | None = None, batch: int = 1
+) -> tuple[Tensor, ...]:
+    """q, k, v, dout in bf16; as many keys as rows unless told."""
     generator = torch.Generator("cuda").manual_seed(length)
-    shapes = [(1, length, h, dim) for h in (heads[0], heads[1], heads[1], heads[0])]
-    return tuple(torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes)
+    lengths = (length, keys or length, keys or length, length)
+    shapes = [(batch, n, h, dim) for n, h in zip(lengths, (heads[0], heads[1], heads[1], heads[0]), strict=True)]
+    return tuple(torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes)
 
 
 def run(tensors: tuple[Tensor, ...], mask: IntervalMask, backend: str) -> Results:
@@ -112,9 +117,50 @@ def test_portable_kernels_where_others_would_run(name: str, dim: int, monkeypatc
     assert max(errors(run(tensors, mask, "triton"), exact)) < 3e-3
 
 
+PIECES = {  # rows and keys of a whole of 2000 tokens, as the stages of a ring see them
+    "late rows": (range(400, 1000), range(1000)),
+    "blind rows": (range(1000), range(400, 1000)),
+    "past keys": (range(1000, 1900), range(1000)),
+    "unseen keys": (range(100, 400), range(1000)),
+    "nothing": (range(500), range(500, 800)),
+}
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)])
+@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces(name: str, lists: bool, heads: tuple[int, int], dim: int) -> None:
+    """Other numbers of keys than of rows, two batch elements (with a mask each in lists), any size of group."""
+    rows, keys = PIECES[name]
+    whole = masks.causal(2000)
+    if lists:
+        whole = masks.stack([masks.sliding_window(2000, 333, 4), masks.causal(2000, [0, 301, 2000])])
+    mask = whole.at(rows, keys).to("cuda")
+    assert (TileMap.of(mask, len(keys)).offset is None) == (lists and name != "nothing")
+    tensors = inputs(len(rows), heads, dim, len(keys), batch=2)
+    results = run(tensors, mask, "triton")
+    exact = run(tuple(x.double() for x in tensors), mask, "reference")
+    assert max(errors(results, exact)) < 4e-3
+    for _ in range(2):
+        assert all(torch.equal(x, y) for x, y in zip(results, run(tensors, mask, "triton"), strict=True))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "full", "window"])
+def test_what_lies_past_the_last_key_has_no_weight(name: str, dim: int) -> None:
+    """With scores near -180 the weight of a score of 0, which padding has, is infinite."""
+    q, k, v, dout = inputs(1531, (8, 2), dim)
+    tensors = (q + 4 * (128 / dim) ** 0.25, k - 4 * (128 / dim) ** 0.25, v, dout)
+    mask = builders(1531)[name].to("cuda")
+    exact = run(tuple(x.double() for x in tensors), mask, "reference")
+    assert max(errors(run(tensors, mask, "triton"), exact)) < 0.05
+
+
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", builders(1531))
-def test_repeats_bit_for_bit(name: str) -> None:
-    tensors = inputs(8192, (8, 2), 128)
+def test_repeats_bit_for_bit(name: str, dim: int) -> None:
+    tensors = inputs(8192, (8, 2), dim)
     mask = builders(8192)[name].to("cuda")
     first = run(tensors, mask, "triton")
     for _ in range(4):
@@ -181,11 +227,15 @@ def test_a_million_tokens_in_a_window() -> None:
 
 _SMALL = """
 import torch
-from farspan.kernels import attend, attend_backward, masks
-for length, dim in ((130, 80), (257, 64), (257, 128)):
-    for mask in (masks.causal(length), masks.full(length), masks.sliding_window(length, 40, 3, [0, 1, 77, length])):
-        q, dout = (torch.randn(1, length, 4, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        k, v = (torch.randn(1, length, 2, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+from farspan.kernels import IntervalMask, attend, attend_backward, masks
+def with_gap(mask):  # no row of the second tile sees anything
+    return IntervalMask(*(bound * (torch.arange(mask.rows) // 128 != 1) for bound in mask.bounds))
+for rows, keys, dim in ((130, 130, 80), (257, 257, 64), (257, 257, 128), (300, 200, 64), (300, 200, 128)):
+    whole = (masks.causal(500), with_gap(masks.sliding_window(500, 40, 3, [0, 1, 77, 500])))
+    starts = ((0, 0), (0, 200), (200, 0))  # of rows and keys: a causal square, rows that see nothing, all keys
+    for mask in (x.at(range(i, i + rows), range(j, j + keys)) for x in whole for i, j in starts):
+        q, dout = (torch.randn(2, rows, 4, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(2, keys, 2, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         mask = mask.to("cuda")
         out, lse = attend(q, k, v, mask, backend="triton")
         attend_backward(dout, q, k, v, out, lse, mask, backend="triton")

@@ -19,7 +19,8 @@ def test_kernels_compile_for_hopper_and_keep_the_matrix_units_busy(dim: int) -> 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == 12
+    # Head dim 128 has a one-pass shape for diagonals and one for the rest.
+    assert len(reports) == (16 if dim == 128 else 14)
     for report in reports:
         print(report)
         # A block has 227 KiB of shared memory.
@@ -27,6 +28,12 @@ def test_kernels_compile_for_hopper_and_keep_the_matrix_units_busy(dim: int) -> 
         # Warpgroup products, issued without waiting for one another: ptxas says so when it has to serialize them.
         assert report["products"] >= 8, report
         assert not report["serialized"], report
-        # Registers that do not fit go through memory; where tiles are tested, and that is seldom, some may.
-        dense = "hopper" in report["kernel"] and "dense" in report["kernel"]
-        assert report["spilled_bytes"] <= (40 if dense else 400), report
+        # Registers that do not fit go through memory. In the backward kernels for Hopper a word or two do, around the
+        # loops; elsewhere some may where tiles are tested, for that is seldom.
+        assert report["spilled_bytes"] <= spill_limit(report["kernel"]), report
+
+
+def spill_limit(kernel: str) -> int:
+    if kernel.startswith("hopper"):
+        return 8 if "forward" not in kernel else 40 if "dense" in kernel else 400
+    return 400

@@ -20,10 +20,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from farspan.kernels.tiles import TILE
-from farspan.kernels.triton.hopper import launch as hopper
+from farspan.kernels.triton.hopper import shapes
 from farspan.kernels.triton.hopper.dkdv import dkdv_kernel
 from farspan.kernels.triton.hopper.dq import dq_kernel
 from farspan.kernels.triton.hopper.forward import forward_kernel
+from farspan.kernels.triton.hopper.one_pass import one_pass_kernel
 from farspan.kernels.triton.portable import backward as portable_backward
 from farspan.kernels.triton.portable import forward as portable_forward
 from farspan.kernels.triton.portable.shapes import dkdv_shape, dq_shape, forward_shape
@@ -65,32 +66,41 @@ def report(
 
 def hopper_kernels(dim: int) -> None:
     for lists in (False, True):
-        shape = hopper.forward_shape(dim, lists)
-        common: dict[str, Any] = {"LISTS": lists} | ({} if lists else dict.fromkeys((*_BOUNDS, *_LISTS)))
-        forward = {
+        shape = shapes.forward_shape(dim, lists)
+        constants: dict[str, Any] = {"LISTS": lists} | ({} if lists else dict.fromkeys((*_BOUNDS, *_LISTS)))
+        constants |= {
             "ACCUMULATE": lists,
             "CONSUMERS": shape.consumers,
             "STAGES": shape.stages,
             "PRODUCER_REGISTERS": shape.producer_registers,
             "CONSUMER_REGISTERS": shape.consumer_registers,
         }
-        block_m, stages = hopper.dkdv_shape(dim, lists)
-        dkdv = {"GROUP": 4, "ACCUMULATE_DK": lists, "ACCUMULATE_DV": lists, "STAGES": stages}
-        dq = {"ACCUMULATE": lists, "STAGES": hopper.dq_stages(dim)}
-        boxes = {"q": shape.rows, "k": shape.keys, "v": shape.keys}
         kind = f"{dim} {'lists' if lists else 'dense'}"
-        report(
-            f"hopper forward {kind}",
-            forward_kernel,
-            _gluon_signature(forward_kernel, dim, boxes),
-            common | forward,
-            {"num_warps": 4, "maxnreg": shape.registers},
-        )
-        boxes = {"q": 64, "dout": 64, "k": TILE, "v": TILE}
-        report(f"hopper dq {kind}", dq_kernel, _gluon_signature(dq_kernel, dim, boxes), common | dq, {"num_warps": 4})
-        boxes = {"q": block_m, "dout": block_m, "k": 64, "v": 64}
-        signature = _gluon_signature(dkdv_kernel, dim, boxes)
-        report(f"hopper dkdv {kind}", dkdv_kernel, signature, common | dkdv, {"num_warps": 4})
+        boxes = {"q": shape.rows, "k": shape.keys, "v": shape.keys}
+        hopper_kernel(f"forward {kind}", forward_kernel, dim, boxes, constants, maxnreg=shape.registers)
+    for adds in (False, True):
+        hopper_backward_kernels(dim, adds)
+
+
+def hopper_backward_kernels(dim: int, adds: bool) -> None:
+    kind = f"{dim} {'adds' if adds else 'writes'}"
+    keys = {"GROUP": 4, "ACCUMULATE_DK": adds, "ACCUMULATE_DV": adds}
+    for shape in {shapes.one_pass_shape(dim, causal) for causal in (False, True)}:
+        boxes = {"q": shape.rows, "dout": shape.rows, "k": 64, "v": 64}
+        constants = {**keys, "STAGES": shape.stages, "DS_STAGES": shape.ds_stages, "LAG": shape.lag}
+        hopper_kernel(f"one pass {kind} lag {shape.lag}", one_pass_kernel, dim, boxes, constants)
+    boxes = {"q": 64, "dout": 64, "k": TILE, "v": TILE}
+    hopper_kernel(f"dq {kind}", dq_kernel, dim, boxes, {"ACCUMULATE": adds, "STAGES": shapes.dq_stages(dim)})
+    rows, stages = shapes.dkdv_shape()
+    boxes = {"q": rows, "dout": rows, "k": 64, "v": 64}
+    hopper_kernel(f"dkdv {kind}", dkdv_kernel, dim, boxes, {**keys, "STAGES": stages})
+
+
+def hopper_kernel(
+    name: str, kernel: Any, dim: int, boxes: dict[str, int], constants: dict[str, Any], **options: int
+) -> None:
+    signature = _gluon_signature(kernel, dim, boxes)
+    report(f"hopper {name}", kernel, signature, constants, {"num_warps": 4, **options})
 
 
 def _gluon_signature(kernel: Any, dim: int, boxes: dict[str, int]) -> dict[str, str]:
@@ -136,6 +146,7 @@ def portable_kernels(dim: int) -> None:
 def _scalars(kernel: Any) -> dict[str, str]:
     """Types of all arguments that are neither descriptors nor constants."""
     pointers = dict.fromkeys((*_BOUNDS, *_LISTS), "*i32") | dict.fromkeys(("out", "dq", "dk", "dv"), "*bf16")
+    pointers |= {"sums": "*fp32", "counters": "*i32"}
     pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
     return {name: pointers.get(name, "i32") for name in kernel.arg_names}
 

@@ -23,12 +23,54 @@ def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def wait_for(barriers, number):
+    """Waits until what happens again and again at a ring of barriers has happened time `number`, which starts at 0."""
+    STAGES: gl.constexpr = barriers.shape[0]
+    mbarrier.wait(barriers.index(number % STAGES), number // STAGES & 1)
+
+
+@gluon.jit
+def wait_for_room(barriers, number):
+    """Waits until `number`, too, fits into a ring: at once in the first round, then for the one a round before."""
+    STAGES: gl.constexpr = barriers.shape[0]
+    mbarrier.wait(barriers.index(number % STAGES), (number // STAGES & 1) ^ 1)
+
+
+@gluon.jit
 def load_next(desc, smem, full, empty, count, batch, row, head, STAGES: gl.constexpr):
-    """Copies box number `count` of a ring, once its buffer was read: the number gives slot and phase."""
+    """Copies box number `count` of a ring, once its buffer was read."""
     slot = count % STAGES
-    mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+    wait_for_room(empty, count)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
     tma.async_copy_global_to_shared(desc, [batch, row, head, 0], full.index(slot), smem.index(slot))
+
+
+@gluon.jit
+def load_own(a_desc, b_desc, a_smem, b_smem, full, batch, tile, head):
+    """Copies the tile of two tensors that a program owns: a box for each of its two consumers."""
+    mbarrier.expect(full.index(0), 4 * a_desc.block_type.nbytes)
+    for who in gl.static_range(2):
+        box = [batch, (2 * tile + who) * a_desc.block_type.shape[1], head, 0]
+        tma.async_copy_global_to_shared(a_desc, box, full.index(0), a_smem.index(who))
+        tma.async_copy_global_to_shared(b_desc, box, full.index(0), b_smem.index(who))
+
+
+@gluon.jit
+def load_rows(descriptors, buffers, barriers, count, batch, head, row, statistic):
+    """Copies rows number `count` of a ring: q and lse, for which S waits, then dout and delta, once all were read."""
+    q_desc, lse_desc, dout_desc, delta_desc = descriptors
+    q_smem, lse_smem, dout_smem, delta_smem = buffers
+    q_full, dout_full, empty = barriers
+    slot = count % q_smem.shape[0]
+    wait_for_room(empty, count)
+    full = q_full.index(slot)
+    mbarrier.expect(full, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(q_desc, [batch, row, head, 0], full, q_smem.index(slot))
+    tma.async_copy_global_to_shared(lse_desc, [statistic], full, lse_smem.index(slot))
+    full = dout_full.index(slot)
+    mbarrier.expect(full, dout_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(dout_desc, [batch, row, head, 0], full, dout_smem.index(slot))
+    tma.async_copy_global_to_shared(delta_desc, [statistic], full, delta_smem.index(slot))
 
 
 @gluon.jit
@@ -57,6 +99,28 @@ def visible(key, limits, ROW_AXIS: gl.constexpr, LISTS: gl.constexpr):
         return main | ((x >= first) & (x < stop))
     else:
         return x < gl.expand_dims(limits[0], 1 - ROW_AXIS)
+
+
+@gluon.jit
+def hide_weights(weights, key, row, rows, bounds, mask_at, ROW_AXIS: gl.constexpr):
+    """Weights, which are >= 0, with zeros where a row does not see a key by the mask's four bounds.
+
+    What one of a row's two intervals shows becomes negative: so the bounds of one at a time are in registers, of which
+    the backward kernels have none to spare.
+    """
+    begin, end, anchor_begin, anchor_end = bounds
+    weights = _mark(weights, key, row, rows, begin, end, mask_at, ROW_AXIS)
+    if rows > 0:  # always, but the compiler does not know: it would load the bounds of both together
+        weights = _mark(weights, key, row, rows, anchor_begin, anchor_end, mask_at, ROW_AXIS)
+    return gl.maximum(-weights, 0.0)
+
+
+@gluon.jit
+def _mark(weights, key, row, rows, first, stop, mask_at, ROW_AXIS: gl.constexpr):
+    first = gl.expand_dims(gl.load(first + (mask_at + row), mask=row < rows, other=0), 1 - ROW_AXIS)
+    stop = gl.expand_dims(gl.load(stop + (mask_at + row), mask=row < rows, other=0), 1 - ROW_AXIS)
+    x = gl.expand_dims(key, ROW_AXIS)
+    return gl.where((x >= first) & (x < stop), -gl.abs(weights), weights)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""The dk/dv kernel for Hopper: a program owns 128 keys of a kv head and walks over the tiles of rows that see them.
+"""The dk/dv kernel for Hopper, for masks with lists: a program owns 128 keys and visits the row tiles that see them.
 
 It walks once for each query head of the group, and sums. One warp loads q, dout, lse and delta into rings; two consumer
 warpgroups own 64 keys each. All products are transposed, so that P^T and dS^T come out of one in the registers in which
@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from farspan.kernels.triton.hopper.common import make_barriers, matrix, row_limits, visible, write_rows
+from farspan.kernels.triton.hopper.common import (
+    hide_weights,
+    load_own,
+    load_rows,
+    make_barriers,
+    matrix,
+    wait_for,
+    write_rows,
+)
 from farspan.kernels.triton.hopper.schedule import listed_tile, listed_walk
+from farspan.kernels.triton.hopper.statistics import LOG2_E
 
 
-@gluon.jit(do_not_specialize=["mask_stride", "rows", "keys", "padded_rows", "heads", "offset"])
+@gluon.jit(do_not_specialize=["mask_stride", "rows", "keys", "padded_rows"])
 def dkdv_kernel(
     q_desc,  # [B, S, H, D]; boxes of a row tile
     k_desc,  # [B, N, Hkv, D]; boxes of the 64 keys of a consumer
@@ -44,35 +53,20 @@ def dkdv_kernel(
     rows,
     keys,
     padded_rows,
-    heads,
-    offset,
     scale,
-    scale_log2,
     GROUP: gl.constexpr,
-    LISTS: gl.constexpr,  # visit the tiles of the lists; else row q sees [0, min(q + 1 + offset, keys))
     ACCUMULATE_DK: gl.constexpr,
     ACCUMULATE_DV: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     kv_head, batch = gl.program_id(1), gl.program_id(2)
-    KEYS: gl.constexpr = k_desc.block_type.shape[1]
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[1]
-    lists = (full_start, full_tiles, partial_start, partial_tiles)
     entry = batch * mask_stride * gl.num_programs(0)
-    if LISTS:
-        tile = gl.load(longest_first + entry + gl.program_id(0))
-        entry += tile
-        tested, count = listed_walk(lists, entry, BLOCK_M)
-        first = 0
-    else:
-        tile = gl.program_id(0)
-        row_tiles = gl.cdiv(rows, BLOCK_M)
-        first = gl.minimum(gl.maximum(2 * KEYS * tile - offset, 0) // BLOCK_M, row_tiles)
-        first_full = gl.cdiv(gl.maximum(2 * KEYS * (tile + 1) - 1 - offset, 0), BLOCK_M)
-        count = row_tiles - first
-        tested = gl.minimum(first_full, row_tiles) - first
-    walk = (tested, count, first, entry)
-    place = (batch, kv_head, tile, heads, padded_rows)
+    tile = gl.load(longest_first + entry + gl.program_id(0))
+    entry += tile
+    lists = (full_start, full_tiles, partial_start, partial_tiles)
+    tested, count = listed_walk(lists, entry, BLOCK_M)
+    walk = (tested, count, entry)
 
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_type.shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [2] + v_desc.block_type.shape, v_desc.layout)
@@ -80,19 +74,21 @@ def dkdv_kernel(
     dout_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, dout_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
-    buffers = (k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem)
-    barriers = (make_barriers(1, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    row_buffers = (q_smem, lse_smem, dout_smem, delta_smem)
+    keys_full = make_barriers(1, 1)
+    # q_full and dout_full apart, for S can start before dout is there.
+    row_barriers = (make_barriers(STAGES, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 2))
 
     dk_at = dk + batch.to(gl.int64) * dk_stride_b + kv_head.to(gl.int64) * dk_stride_h
     dv_at = dv + batch.to(gl.int64) * dv_stride_b + kv_head.to(gl.int64) * dv_stride_h
     bounds = (begin, end, anchor_begin, anchor_end)
-    shape = (rows, keys, offset, batch * mask_stride * rows, scale, scale_log2)
+    shape = (rows, keys, batch * mask_stride * rows, scale)
     output = (dk_at, dk_stride_s, dv_at, dv_stride_s)
     # fmt: off
     gl.warp_specialize([
-        (_consumer, (0, buffers, barriers, walk, tile, lists, bounds, shape, output, GROUP, LISTS, ACCUMULATE_DK, ACCUMULATE_DV, STAGES)),
-        (_consumer, (1, buffers, barriers, walk, tile, lists, bounds, shape, output, GROUP, LISTS, ACCUMULATE_DK, ACCUMULATE_DV, STAGES)),
-        (_producer, (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, buffers, barriers, walk, place, lists, GROUP, LISTS, STAGES)),
+        (_consumer, (0, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, tile, lists, bounds, shape, output, GROUP, ACCUMULATE_DK, ACCUMULATE_DV)),
+        (_consumer, (1, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, tile, lists, bounds, shape, output, GROUP, ACCUMULATE_DK, ACCUMULATE_DV)),
+        (_producer, (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, (batch, kv_head, tile), lists, padded_rows, GROUP)),
     ], [4, 1], [240, 24])
     # fmt: on
 
@@ -105,50 +101,40 @@ def _producer(
     dout_desc,
     lse_desc,
     delta_desc,
-    buffers,
-    barriers,
+    k_smem,
+    v_smem,
+    row_buffers,
+    keys_full,
+    row_barriers,
     walk,
     place,
     lists,
+    padded_rows,
     GROUP: gl.constexpr,
-    LISTS: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
-    k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem = buffers
-    keys_full, q_full, dout_full, empty = barriers
-    tested, count, first, entry = walk
-    batch, kv_head, tile, heads, padded_rows = place
-    KEYS: gl.constexpr = k_desc.block_type.shape[1]
+    tested, count, entry = walk
+    batch, kv_head, tile = place
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[1]
-    mbarrier.expect(keys_full.index(0), 4 * k_desc.block_type.nbytes)
-    for who in gl.static_range(2):
-        box = [batch, (2 * tile + who) * KEYS, kv_head, 0]
-        tma.async_copy_global_to_shared(k_desc, box, keys_full.index(0), k_smem.index(who))
-        tma.async_copy_global_to_shared(v_desc, box, keys_full.index(0), v_smem.index(who))
-    loaded = 0
+    descriptors = (q_desc, lse_desc, dout_desc, delta_desc)
+    if count > 0:  # else nobody waits for them, and a copy must not land after the program has ended
+        load_own(k_desc, v_desc, k_smem, v_smem, keys_full, batch, tile, kv_head)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        first_statistic = (batch * heads + head) * padded_rows
+        first_statistic = (batch * gl.num_programs(1) * GROUP + head) * padded_rows
         for i in range(count):
-            row = (listed_tile(lists, entry, i, tested, BLOCK_M) if LISTS else first + i) * BLOCK_M
-            slot = loaded % STAGES
-            mbarrier.wait(empty.index(slot), (loaded // STAGES & 1) ^ 1)
-            full = q_full.index(slot)
-            mbarrier.expect(full, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [batch, row, head, 0], full, q_smem.index(slot))
-            tma.async_copy_global_to_shared(lse_desc, [first_statistic + row], full, lse_smem.index(slot))
-            full = dout_full.index(slot)
-            mbarrier.expect(full, dout_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(dout_desc, [batch, row, head, 0], full, dout_smem.index(slot))
-            tma.async_copy_global_to_shared(delta_desc, [first_statistic + row], full, delta_smem.index(slot))
-            loaded += 1
+            row = listed_tile(lists, entry, i, tested, BLOCK_M) * BLOCK_M
+            loaded = member * count + i
+            load_rows(descriptors, row_buffers, row_barriers, loaded, batch, head, row, first_statistic + row)
 
 
 @gluon.jit
 def _consumer(
     who: gl.constexpr,
-    buffers,
-    barriers,
+    k_smem,
+    v_smem,
+    row_buffers,
+    keys_full,
+    row_barriers,
     walk,
     tile,
     lists,
@@ -156,16 +142,15 @@ def _consumer(
     shape,
     output,
     GROUP: gl.constexpr,
-    LISTS: gl.constexpr,
     ACCUMULATE_DK: gl.constexpr,
     ACCUMULATE_DV: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
-    k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem = buffers
-    keys_full, q_full, dout_full, empty = barriers
-    tested, count, first, entry = walk
-    rows, keys, offset, mask_at, scale, scale_log2 = shape
+    q_smem, lse_smem, dout_smem, delta_smem = row_buffers
+    q_full, dout_full, empty = row_barriers
+    tested, count, entry = walk
+    rows, keys, mask_at, scale = shape
     dk_at, dk_stride, dv_at, dv_stride = output
+    STAGES: gl.constexpr = q_smem.shape[0]
     KEYS: gl.constexpr = k_smem.shape[2]
     DIM: gl.constexpr = k_smem.shape[4]
     BLOCK_M: gl.constexpr = q_smem.shape[2]
@@ -175,34 +160,29 @@ def _consumer(
     row_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
 
     first_key = (2 * tile + who) * KEYS
-    key = first_key + gl.arange(0, KEYS, gl.SliceLayout(1, score_layout))
+    dk = gl.zeros([KEYS, DIM], gl.float32, sum_layout)
+    dv = gl.zeros([KEYS, DIM], gl.float32, sum_layout)
     # A walk of no steps in a branch of its own: to merge it with products in flight, ptxas would serialise them all.
     if count > 0:
-        dk = gl.zeros([KEYS, DIM], gl.float32, sum_layout)
-        dv = gl.zeros([KEYS, DIM], gl.float32, sum_layout)
         nothing = gl.zeros([KEYS, BLOCK_M], gl.float32, score_layout)
         mbarrier.wait(keys_full.index(0), 0)
-        k, v = matrix(k_smem.index(who)), matrix(v_smem.index(who))
         i = 0
         for done in range(GROUP * count):
             slot = done % STAGES
-            phase = done // STAGES & 1
+            # An index that ptxas cannot see through, lest it keep every descriptor of k and v in registers.
+            zero = done >> 30
+            k, v = matrix(k_smem.index(who + zero)), matrix(v_smem.index(who + zero))
             q, dout = matrix(q_smem.index(slot)), matrix(dout_smem.index(slot))
-            mbarrier.wait(q_full.index(slot), phase)
+            wait_for(q_full, done)
             scores = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(dout_full.index(slot), phase)
+            wait_for(dout_full, done)
             dp = warpgroup_mma(v, dout.permute((1, 0)), nothing, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
-            p = gl.exp2(scores * scale_log2 - lse_smem.index(slot).load(row_layout)[None, :])
+            p = gl.exp2(scores * (scale * LOG2_E) - lse_smem.index(slot).load(row_layout)[None, :])
             if i < tested:
-                first_row = (listed_tile(lists, entry, i, tested, BLOCK_M) if LISTS else first + i) * BLOCK_M
-                row = first_row + gl.arange(0, BLOCK_M, row_layout)
-                # Keys past the last may count: what they sum up to is never written.
-                if LISTS:
-                    limits = row_limits(row, rows, keys, offset, bounds, mask_at, LISTS)
-                    p = gl.where(visible(key, limits, 1, LISTS), p, 0.0)
-                else:
-                    p = gl.where(key[:, None] - offset <= row[None, :], p, 0.0)
+                row = listed_tile(lists, entry, i, tested, BLOCK_M) * BLOCK_M + gl.arange(0, BLOCK_M, row_layout)
+                key = first_key + gl.arange(0, KEYS, gl.SliceLayout(1, score_layout))
+                p = hide_weights(p, key, row, rows, bounds, mask_at, 1)
             dv = warpgroup_mma(gl.convert_layout(p.to(q_smem.dtype), operand_layout), dout, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=[dp])
             ds = (p * (dp - delta_smem.index(slot).load(row_layout)[None, :])).to(q_smem.dtype)
@@ -213,8 +193,7 @@ def _consumer(
         write_rows(dk_at, dk_stride, first_key, keys, dk * scale, ACCUMULATE_DK)
         write_rows(dv_at, dv_stride, first_key, keys, dv, ACCUMULATE_DV)
     else:
-        zero = gl.zeros([KEYS, DIM], gl.float32, sum_layout)
         if not ACCUMULATE_DK:
-            write_rows(dk_at, dk_stride, first_key, keys, zero, False)
+            write_rows(dk_at, dk_stride, first_key, keys, dk, False)
         if not ACCUMULATE_DV:
-            write_rows(dv_at, dv_stride, first_key, keys, zero, False)
+            write_rows(dv_at, dv_stride, first_key, keys, dv, False)

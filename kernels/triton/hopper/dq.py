@@ -1,4 +1,4 @@
-"""The dq kernel for Hopper: a program owns 128 rows of a head and walks over the tiles of keys that they see.
+"""The dq kernel for Hopper, for masks with lists: a program owns 128 rows of a head and visits the key tiles they see.
 
 One warp loads keys and values into rings; two consumer warpgroups own 64 rows each and run freely against each other,
 so that the exponentials of one overlap the products of the other. Three products a tile: S = q k^T, dP = dout v^T,
@@ -12,17 +12,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from farspan.kernels.triton.hopper.common import (
+    hide_weights,
     load_next,
+    load_own,
     make_barriers,
     matrix,
-    row_limits,
-    visible,
+    wait_for,
     write_rows,
 )
 from farspan.kernels.triton.hopper.schedule import listed_tile, listed_walk
+from farspan.kernels.triton.hopper.statistics import LOG2_E
 
 
-@gluon.jit(do_not_specialize=["mask_stride", "rows", "keys", "padded_rows", "heads", "group", "offset"])
+@gluon.jit(do_not_specialize=["mask_stride", "rows", "padded_rows", "group"])
 def dq_kernel(
     q_desc,  # [B, S, H, D]; boxes of the 64 rows of a consumer
     k_desc,  # [B, N, Hkv, D]; boxes of a key tile
@@ -45,34 +47,19 @@ def dq_kernel(
     longest_first,
     mask_stride,  # 0 where the whole batch shares one mask, else 1
     rows,
-    keys,
     padded_rows,
-    heads,
     group,
-    offset,
     scale,
-    scale_log2,
-    LISTS: gl.constexpr,  # visit the tiles of the lists; else row q sees [0, min(q + 1 + offset, keys))
     ACCUMULATE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     head, batch = gl.program_id(1), gl.program_id(2)
-    ROWS: gl.constexpr = q_desc.block_type.shape[1]
-    BLOCK_N: gl.constexpr = k_desc.block_type.shape[1]
-    lists = (full_start, full_tiles, partial_start, partial_tiles)
     entry = batch * mask_stride * gl.num_programs(0)
-    if LISTS:
-        tile = gl.load(longest_first + entry + gl.program_id(0))
-        entry += tile
-        tested, count = listed_walk(lists, entry, BLOCK_N)
-        last = 0
-    else:
-        tile = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest first
-        seen_by_all = gl.maximum(gl.minimum(2 * ROWS * tile + 1 + offset, keys), 0)
-        count = gl.cdiv(gl.maximum(gl.minimum(2 * ROWS * (tile + 1) + offset, keys), 0), BLOCK_N)
-        tested = count - seen_by_all // BLOCK_N
-        last = count - 1
-    walk = (tested, count, last, entry)
+    tile = gl.load(longest_first + entry + gl.program_id(0))
+    entry += tile
+    lists = (full_start, full_tiles, partial_start, partial_tiles)
+    tested, count = listed_walk(lists, entry, k_desc.block_type.shape[1])
+    walk = (tested, count, entry)
     place = (batch, head, head // group, tile)
 
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -84,16 +71,16 @@ def dq_kernel(
     barriers = (make_barriers(1, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 2))
 
     at = dq + batch.to(gl.int64) * dq_stride_b + head.to(gl.int64) * dq_stride_h
-    first_statistic = (batch * heads + head).to(gl.int64) * padded_rows
+    first_statistic = (batch * gl.num_programs(1) + head).to(gl.int64) * padded_rows
     statistics = (lse + first_statistic, delta + first_statistic)
     bounds = (begin, end, anchor_begin, anchor_end)
-    shape = (rows, keys, offset, batch * mask_stride * rows, scale, scale_log2)
+    shape = (rows, batch * mask_stride * rows, scale)
     output = (at, dq_stride_s)
     # fmt: off
     gl.warp_specialize([
-        (_consumer, (0, buffers, barriers, walk, place, lists, bounds, statistics, shape, output, LISTS, ACCUMULATE, STAGES)),
-        (_consumer, (1, buffers, barriers, walk, place, lists, bounds, statistics, shape, output, LISTS, ACCUMULATE, STAGES)),
-        (_producer, (q_desc, k_desc, v_desc, dout_desc, buffers, barriers, walk, place, lists, LISTS, STAGES)),
+        (_consumer, (0, buffers, barriers, walk, tile, lists, bounds, statistics, shape, output, ACCUMULATE)),
+        (_consumer, (1, buffers, barriers, walk, tile, lists, bounds, statistics, shape, output, ACCUMULATE)),
+        (_producer, (q_desc, k_desc, v_desc, dout_desc, buffers, barriers, walk, place, lists, STAGES)),
     ], [4, 1], [240, 24])
     # fmt: on
 
@@ -109,22 +96,17 @@ def _producer(
     walk,
     place,
     lists,
-    LISTS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     q_smem, dout_smem, k_smem, v_smem = buffers
     rows_full, k_full, v_full, empty = barriers
-    tested, count, last, entry = walk
+    tested, count, entry = walk
     batch, head, kv_head, tile = place
-    ROWS: gl.constexpr = q_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[1]
-    mbarrier.expect(rows_full.index(0), 4 * q_desc.block_type.nbytes)
-    for who in gl.static_range(2):
-        box = [batch, (2 * tile + who) * ROWS, head, 0]
-        tma.async_copy_global_to_shared(q_desc, box, rows_full.index(0), q_smem.index(who))
-        tma.async_copy_global_to_shared(dout_desc, box, rows_full.index(0), dout_smem.index(who))
+    if count > 0:  # else nobody waits for them, and a copy must not land after the program has ended
+        load_own(q_desc, dout_desc, q_smem, dout_smem, rows_full, batch, tile, head)
     for i in range(count):
-        key = (listed_tile(lists, entry, i, tested, BLOCK_N) if LISTS else last - i) * BLOCK_N
+        key = listed_tile(lists, entry, i, tested, BLOCK_N) * BLOCK_N
         load_next(k_desc, k_smem, k_full, empty, i, batch, key, kv_head, STAGES)
         slot = i % STAGES
         mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
@@ -137,23 +119,21 @@ def _consumer(
     buffers,
     barriers,
     walk,
-    place,
+    tile,
     lists,
     bounds,
     statistics,
     shape,
     output,
-    LISTS: gl.constexpr,
     ACCUMULATE: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     q_smem, dout_smem, k_smem, v_smem = buffers
     rows_full, k_full, v_full, empty = barriers
-    tested, count, last, entry = walk
-    batch, head, kv_head, tile = place
+    tested, count, entry = walk
     lse_at, delta_at = statistics
-    rows, keys, offset, mask_at, scale, scale_log2 = shape
+    rows, mask_at, scale = shape
     at, stride = output
+    STAGES: gl.constexpr = k_smem.shape[0]
     ROWS: gl.constexpr = q_smem.shape[2]
     DIM: gl.constexpr = q_smem.shape[4]
     BLOCK_N: gl.constexpr = k_smem.shape[2]
@@ -161,28 +141,29 @@ def _consumer(
     sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
 
     first_row = (2 * tile + who) * ROWS
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
     total = gl.zeros([ROWS, DIM], gl.float32, sum_layout)
     # A walk of no steps in a branch of its own: to merge it with a product in flight, ptxas would serialise them all.
     if count > 0:
-        lse, delta = gl.load(lse_at + row), gl.load(delta_at + row)
+        lse, delta = gl.load(lse_at + first_row + row), gl.load(delta_at + first_row + row)
         nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
         mbarrier.wait(rows_full.index(0), 0)
-        q, dout = matrix(q_smem.index(who)), matrix(dout_smem.index(who))
         for i in range(count):
             slot = i % STAGES
+            # An index that ptxas cannot see through, lest it keep every descriptor of q and dout in registers.
+            zero = i >> 30
+            q, dout = matrix(q_smem.index(who + zero)), matrix(dout_smem.index(who + zero))
             k, v = matrix(k_smem.index(slot)), matrix(v_smem.index(slot))
-            mbarrier.wait(k_full.index(slot), i // STAGES & 1)
+            wait_for(k_full, i)
             scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(slot), i // STAGES & 1)
+            wait_for(v_full, i)
             dp = warpgroup_mma(dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
-            p = gl.exp2(scores * scale_log2 - lse[:, None])
+            p = gl.exp2(scores * (scale * LOG2_E) - lse[:, None])
             if i < tested:
-                first_key = (listed_tile(lists, entry, i, tested, BLOCK_N) if LISTS else last - i) * BLOCK_N
+                first_key = listed_tile(lists, entry, i, tested, BLOCK_N) * BLOCK_N
                 key = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, score_layout))
-                limits = row_limits(row, rows, keys, offset, bounds, mask_at, LISTS)
-                p = gl.where(visible(key, limits, 0, LISTS), p, 0.0)
+                p = hide_weights(p, key, first_row + zero + row, rows, bounds, mask_at, 0)
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = (p * (dp - delta[:, None])).to(k_smem.dtype)
             ds = gl.convert_layout(ds, gl.DotOperandLayout(0, sum_layout, 2))

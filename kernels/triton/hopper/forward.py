@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from farspan.kernels.triton.hopper.common import load_next, make_barriers, matrix, row_limits, visible
 from farspan.kernels.triton.hopper.schedule import key_tile, key_tiles, rounds, row_tile, task
+from farspan.kernels.triton.hopper.statistics import LOG2_E
+from farspan.kernels.triton.rows import merge_weights
 
 _LN_2 = gl.constexpr(math.log(2.0))
 
@@ -65,7 +67,7 @@ def forward_kernel(
     batch_heads,
     row_tiles,
     section,  # heads whose keys and values fit in the L2 cache
-    scale_log2,
+    scale,
     LISTS: gl.constexpr,  # visit the tiles of the lists; else row q sees [0, min(q + 1 + offset, keys))
     ACCUMULATE: gl.constexpr,  # merge into what out and lse hold
     CONSUMERS: gl.constexpr,
@@ -84,6 +86,7 @@ def forward_kernel(
     shape = (rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride)
     lists = (full_start, full_tiles, partial_start, partial_tiles, longest_first)
     bounds = (begin, end, anchor_begin, anchor_end)
+    scale_log2 = scale * LOG2_E
     outputs = (out, out_stride_b, out_stride_s, out_stride_h, lse, lse_stride_b, lse_stride_h)
     # The first entry runs in the warps that the kernel was launched with, and takes the registers that are left. The
     # arguments are spelled out each time: constants survive only in a tuple that is never assigned to a name.
@@ -341,12 +344,9 @@ def _store(out, highest, weight, batch, head, first_row, rows, outputs, ACCUMULA
     part = out * (1.0 / weight)[:, None]
     if ACCUMULATE:
         old_lse = gl.load(lse_at, mask=present, other=float("-inf"))
-        peak = gl.maximum(old_lse, part_lse)
-        peak = gl.where(peak == float("-inf"), 0.0, peak)
-        merged = peak + gl.log(gl.exp(old_lse - peak) + gl.exp(part_lse - peak))
-        safe = gl.where(merged == float("-inf"), 0.0, merged)
+        merged, old_weight, part_weight = merge_weights(old_lse, part_lse)
         old = gl.load(out_at, mask=present[:, None], other=0.0)
-        part = old * gl.exp(old_lse - safe)[:, None] + part * gl.exp(part_lse - safe)[:, None]
+        part = old * old_weight[:, None] + part * part_weight[:, None]
         part_lse = merged
     gl.store(lse_at, part_lse, mask=present)
     gl.store(out_at, part.to(out_base.dtype.element_ty), mask=present[:, None])

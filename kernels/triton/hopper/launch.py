@@ -1,9 +1,7 @@
-"""Launching the Hopper kernels: descriptors, register shares, grids."""
+"""Launching the Hopper kernels: descriptors, grids, and which of them compute a call."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,29 +14,14 @@ from farspan.kernels.tiles import TILE, TileLists, TileMap
 from farspan.kernels.triton.hopper.dkdv import dkdv_kernel
 from farspan.kernels.triton.hopper.dq import dq_kernel
 from farspan.kernels.triton.hopper.forward import forward_kernel
+from farspan.kernels.triton.hopper.one_pass import one_pass_kernel
+from farspan.kernels.triton.hopper.shapes import dkdv_shape, dq_stages, forward_shape, one_pass_shape
 from farspan.kernels.triton.hopper.statistics import statistics_kernel
+from farspan.kernels.triton.hopper.sums import finish_kernel
 from farspan.kernels.triton.tensors import rows_in_steps_of_16_bytes, strided
 
 # Keys and values that heads in flight may share of the L2 cache: half of it on an H200.
 _L2_BYTES = 24 << 20
-
-
-@dataclass(frozen=True)
-class ForwardShape:
-    """Consumer warpgroups, rows of each, keys of a tile, tiles in flight, and the registers of a thread by role."""
-
-    consumers: int
-    rows: int
-    keys: int
-    stages: int
-    consumer_registers: int
-    producer_registers: int
-
-    @property
-    def registers(self) -> int:
-        """What a thread starts with: roles only move registers from one warpgroup to another."""
-        total = self.producer_registers + self.consumers * self.consumer_registers
-        return min(total, 512) // (self.consumers + 1) // 8 * 8
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
@@ -50,23 +33,6 @@ def takes(q: Tensor, v: Tensor) -> bool:
         and q.shape[3] == v.shape[3]
         and q.shape[3] in (64, 128)
     )
-
-
-def forward_shape(dim: int, lists: bool) -> ForwardShape:
-    """Measured on one H200; lists are of 128 x 128 tiles."""
-    if dim == 64 and not lists:
-        return ForwardShape(3, 64, 64, 4, 160, 32)
-    return ForwardShape(2, 64, TILE, 3 if dim == 64 else 2, 240, 24)
-
-
-def dq_stages(dim: int) -> int:
-    """Key tiles in flight."""
-    return 2 if dim == 128 else 3
-
-
-def dkdv_shape(dim: int, lists: bool) -> tuple[int, int]:
-    """Rows of a tile, and tiles in flight."""
-    return (128, 3) if dim == 64 and not lists else (64, 4)
 
 
 def forward(
@@ -98,7 +64,7 @@ def forward(
         batch_heads=batch * heads,
         row_tiles=row_tiles,
         section=min(batch * heads, group * max(1, _L2_BYTES // (2 * keys * dim * q.itemsize))),
-        scale_log2=scale * math.log2(math.e),
+        scale=scale,
         LISTS=lists is not None,
         ACCUMULATE=accumulate,
         CONSUMERS=shape.consumers,
@@ -125,9 +91,11 @@ def backward(
     """Writes dq, dk and dv, or adds to them."""
     dout, q, k, v = (rows_in_steps_of_16_bytes(x) for x in (dout, q, k, v))
     statistics = _statistics(lse, delta)
-    dq, dk, dv = gradients
-    _gradient_of_queries(dout, q, k, v, statistics, tiles, scale, dq, accumulate[0])
-    _gradients_of_keys(dout, q, k, v, statistics, tiles, scale, dk, dv, accumulate[1:])
+    if tiles.offset is not None:
+        _one_pass(dout, q, k, v, statistics, tiles.offset, scale, gradients, accumulate)
+    else:
+        _gradient_of_queries(dout, q, k, v, statistics, tiles, scale, gradients[0], accumulate[0])
+        _gradients_of_keys(dout, q, k, v, statistics, tiles, scale, gradients[1:], accumulate[1:])
 
 
 def _statistics(lse: Tensor, delta: Tensor) -> Tensor:
@@ -139,6 +107,58 @@ def _statistics(lse: Tensor, delta: Tensor) -> Tensor:
         *strided(lse, (0, 1)), *strided(delta, (0, 1)), packed[0], packed[1], rows, padded, BLOCK=1024
     )
     return packed
+
+
+def _one_pass(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    statistics: Tensor,
+    offset: int,
+    scale: float,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    accumulate: tuple[bool, bool, bool],
+) -> None:
+    batch, rows, heads, dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    shape = one_pass_shape(dim, causal=offset < keys)
+    row_tiles = -(-rows // shape.rows)
+    sums = q.new_zeros(batch * heads * row_tiles * shape.rows * dim, dtype=torch.float32)
+    dq, dk, dv = gradients
+    one_pass_kernel[(-(-keys // TILE), kv_heads, batch)](
+        _descriptor(q, shape.rows),
+        _descriptor(k, 64),
+        _descriptor(v, 64),
+        _descriptor(dout, shape.rows),
+        _flat_descriptor(statistics[0], shape.rows),
+        _flat_descriptor(statistics[1], shape.rows),
+        sums,
+        q.new_zeros(1 + batch * heads * row_tiles, dtype=torch.int32),
+        *strided(dk, (0, 1, 2)),
+        *strided(dv, (0, 1, 2)),
+        rows=rows,
+        keys=keys,
+        padded_rows=statistics.shape[-1],
+        offset=offset,
+        scale=scale,
+        GROUP=heads // kv_heads,
+        ACCUMULATE_DK=accumulate[1],
+        ACCUMULATE_DV=accumulate[2],
+        STAGES=shape.stages,
+        DS_STAGES=shape.ds_stages,
+        LAG=shape.lag,
+        num_warps=4,
+    )
+    finish_kernel[(2 * row_tiles, heads, batch)](
+        sums,
+        *strided(dq, (0, 1, 2)),
+        rows,
+        scale,
+        BLOCK_M=shape.rows,
+        COLUMNS=shape.rows * dim // 128,
+        ACCUMULATE=accumulate[0],
+    )
 
 
 def _gradient_of_queries(
@@ -153,7 +173,6 @@ def _gradient_of_queries(
     accumulate: bool,
 ) -> None:
     batch, rows, heads, dim = q.shape
-    lists = tiles.by_row if tiles.offset is None else None
     dq_kernel[(-(-rows // TILE), heads, batch)](
         _descriptor(q, 64),
         _descriptor(k, TILE),
@@ -162,16 +181,11 @@ def _gradient_of_queries(
         statistics[0],
         statistics[1],
         *strided(dq, (0, 1, 2)),
-        *_mask_arguments(tiles, lists),
+        *_mask_arguments(tiles, tiles.by_row),
         rows=rows,
-        keys=k.shape[1],
         padded_rows=statistics.shape[-1],
-        heads=heads,
         group=heads // k.shape[2],
-        offset=0 if tiles.offset is None else tiles.offset,
         scale=scale,
-        scale_log2=scale * math.log2(math.e),
-        LISTS=lists is not None,
         ACCUMULATE=accumulate,
         STAGES=dq_stages(dim),
         num_warps=4,
@@ -186,33 +200,26 @@ def _gradients_of_keys(
     statistics: Tensor,
     tiles: TileMap,
     scale: float,
-    dk: Tensor,
-    dv: Tensor,
+    gradients: tuple[Tensor, Tensor],
     accumulate: tuple[bool, bool],
 ) -> None:
-    batch, rows, heads, dim = q.shape
-    keys, kv_heads = k.shape[1:3]
-    lists = tiles.by_key if tiles.offset is None else None
-    block_m, stages = dkdv_shape(dim, lists is not None)
+    batch, keys, kv_heads, _ = k.shape
+    rows, stages = dkdv_shape()
     dkdv_kernel[(-(-keys // TILE), kv_heads, batch)](
-        _descriptor(q, block_m),
+        _descriptor(q, rows),
         _descriptor(k, 64),
         _descriptor(v, 64),
-        _descriptor(dout, block_m),
-        _flat_descriptor(statistics[0], block_m),
-        _flat_descriptor(statistics[1], block_m),
-        *strided(dk, (0, 1, 2)),
-        *strided(dv, (0, 1, 2)),
-        *_mask_arguments(tiles, lists),
-        rows=rows,
+        _descriptor(dout, rows),
+        _flat_descriptor(statistics[0], rows),
+        _flat_descriptor(statistics[1], rows),
+        *strided(gradients[0], (0, 1, 2)),
+        *strided(gradients[1], (0, 1, 2)),
+        *_mask_arguments(tiles, tiles.by_key),
+        rows=q.shape[1],
         keys=keys,
         padded_rows=statistics.shape[-1],
-        heads=heads,
-        offset=0 if tiles.offset is None else tiles.offset,
         scale=scale,
-        scale_log2=scale * math.log2(math.e),
-        GROUP=heads // kv_heads,
-        LISTS=lists is not None,
+        GROUP=q.shape[2] // kv_heads,
         ACCUMULATE_DK=accumulate[0],
         ACCUMULATE_DV=accumulate[1],
         STAGES=stages,
@@ -221,6 +228,7 @@ def _gradients_of_keys(
 
 
 def _mask_arguments(tiles: TileMap, lists: TileLists | None) -> tuple[Any, ...]:
+    """The mask's bounds, the lists of one side, and the step from one batch element's mask to the next."""
     if lists is None:
         return (None,) * 9 + (0,)
     starts = (lists.full_start, lists.full_tiles, lists.partial_start, lists.partial_tiles, lists.longest_first)

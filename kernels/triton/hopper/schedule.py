@@ -5,6 +5,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from farspan.kernels.tiles import TILE
+
+_TILE = gl.constexpr(TILE)
+
 
 @gluon.jit
 def rounds(n_tasks):
@@ -81,10 +85,10 @@ def key_tile(step, found, shape, lists, LISTS: gl.constexpr, BLOCK_N: gl.constex
 
 @gluon.jit
 def listed_walk(lists, entry, BLOCK: gl.constexpr):
-    """Of a list entry: how many blocks are tested, which come first, and how many there are; a tile is 128 / BLOCK."""
+    """Of a list entry: how many blocks are tested, which come first, and how many there are; a tile is TILE / BLOCK."""
     full_start, full_tiles, partial_start, partial_tiles = lists
-    tested = (gl.load(partial_start + entry + 1) - gl.load(partial_start + entry)) * (128 // BLOCK)
-    full = (gl.load(full_start + entry + 1) - gl.load(full_start + entry)) * (128 // BLOCK)
+    tested = (gl.load(partial_start + entry + 1) - gl.load(partial_start + entry)) * (_TILE // BLOCK)
+    full = (gl.load(full_start + entry + 1) - gl.load(full_start + entry)) * (_TILE // BLOCK)
     return tested, tested + full
 
 
@@ -93,7 +97,7 @@ def listed_tile(lists, entry, i, tested, BLOCK: gl.constexpr):
     """Number of the i-th block of a walk over lists."""
     full_start, full_tiles, partial_start, partial_tiles = lists
     if i < tested:
-        tile = gl.load(partial_tiles + gl.load(partial_start + entry) + i // (128 // BLOCK))
+        tile = gl.load(partial_tiles + gl.load(partial_start + entry) + i // (_TILE // BLOCK))
     else:
-        tile = gl.load(full_tiles + gl.load(full_start + entry) + (i - tested) // (128 // BLOCK))
-    return tile * (128 // BLOCK) + i % (128 // BLOCK)
+        tile = gl.load(full_tiles + gl.load(full_start + entry) + (i - tested) // (_TILE // BLOCK))
+    return tile * (_TILE // BLOCK) + i % (_TILE // BLOCK)
