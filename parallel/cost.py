@@ -18,13 +18,17 @@ from farspan.parallel.pairs import VisiblePairs
 from farspan.parallel.plan import Direction, Plan
 
 
+class NoRatesError(LookupError):
+    """A piece of work that no backend was measured on."""
+
+
 def compute_seconds(
     plan: Plan, direction: Direction, order: Order, visible: VisiblePairs, tensors: Problem, backend: str
 ) -> np.ndarray:
     """Seconds that each rank computes at each stage, `[world, stages]`, by the measured rates of `kernels.rates`.
 
     `tensors` has the batch, head dims and GPU; `backend` is as in `attend`. Each piece goes to the backend that is
-    expected to be the fastest. Infinite where none of those allowed was measured.
+    expected to be the fastest. NoRatesError where none of those allowed was measured.
     """
     schedule, backward = plan.schedule(direction), direction == "backward"
     pieces = schedule.piece_columns
@@ -97,7 +101,12 @@ def _fastest(problem: Problem, work: Work, backend: str) -> float:
     if work.kind == "lists":
         names = [name for name in names if REGISTRY[name].any_mask]
     table = of_capability(problem.capability)
-    return min((call_seconds(table, problem, name, work, problem.accumulate) for name in names), default=math.inf)
+    seconds = min((call_seconds(table, problem, name, work, problem.accumulate) for name in names), default=math.inf)
+    if math.isinf(seconds):
+        raise NoRatesError(
+            f"attention.backend {backend} was not measured on {table.device} for pieces that are {work.kind}"
+        )
+    return seconds
 
 
 def choose(candidates: Iterable[Plan], seconds: Callable[[Plan], float]) -> tuple[Plan, dict[str, float]]:

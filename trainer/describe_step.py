@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from farspan.kernels import rates
+from farspan.parallel.cost import NoRatesError
 from farspan.trainer.memory_estimate import estimate_memory, remedies
 from farspan.trainer.plan_choice import predict_attention
 from farspan.trainer.planned import Planned
@@ -27,11 +27,12 @@ def say_time(planned: Planned, say: Say) -> None:
     if train.dtype != "bf16":
         say("step", "no time predicted: rates were measured in bf16, and train.dtype is fp32")
         return
-    timelines = predict_attention(config, cluster, planned.plan, planned.order, found.visible, found.elements)
-    forward, backward = timelines["forward"], timelines["backward"]
-    if math.isinf(forward.seconds + backward.seconds):
-        say("step", f"no time predicted: there are no rates of attention.backend {config.attention.backend}")
+    try:
+        timelines = predict_attention(config, cluster, planned.plan, planned.order, found.visible, found.elements)
+    except NoRatesError as error:
+        say("step", f"no time predicted: {error}")
         return
+    forward, backward = timelines["forward"], timelines["backward"]
     tokens = planned.order.slots * train.micro_batch_rows
     step = estimate_step(config, planned.degrees, cluster, forward, backward, tokens)
     table = rates.of_capability(cluster.compute_capability)

@@ -12,7 +12,7 @@ import torch
 from farspan.kernels import IntervalMask
 from farspan.parallel import balance, plans
 from farspan.parallel.cluster import Cluster, load_cluster
-from farspan.parallel.cost import choose, compute_seconds
+from farspan.parallel.cost import NoRatesError, choose, compute_seconds
 from farspan.parallel.orders import Order
 from farspan.parallel.pairs import VisiblePairs, visible_pairs
 from farspan.parallel.plan import DIRECTIONS, Direction, Plan
@@ -37,7 +37,10 @@ def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask])
         elements = {
             d: balance.elements(plan, d, config.model.head_dim, config.train.micro_batch_rows) for d in DIRECTIONS
         }
-        timelines = predict_attention(config, cluster, plan, order, visible_pairs(plan, order, rows), elements)
+        try:
+            timelines = predict_attention(config, cluster, plan, order, visible_pairs(plan, order, rows), elements)
+        except NoRatesError:
+            return math.inf
         return sum(timeline.seconds for timeline in timelines.values())
 
     plan, found = choose(_legal(config, order, rows), seconds)
@@ -46,7 +49,10 @@ def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask])
             f"parallel.plan auto goes by measured rates, and there are none for attention.backend "
             f"{config.attention.backend}; set parallel.plan to {', '.join(found)}"
         )
-    ranking = ", ".join(f"{name} {1e3 * found[name]:.3g} ms" for name in sorted(found, key=lambda name: found[name]))
+    ranking = ", ".join(
+        f"{name} {1e3 * found[name]:,.2f} ms" if math.isfinite(found[name]) else f"{name} unknown"
+        for name in sorted(found, key=lambda name: found[name])
+    )
     return plan.name, (
         f"parallel.plan auto is {plan.name}: attention of one layer, both directions, is expected to take {ranking} "
         f"(cluster {config.cluster})"

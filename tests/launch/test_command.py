@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,61 @@ def test_plan_of_a_million_tokens_on_sixty_four_ranks(
     assert "1,000,000 tokens" in lines["sequence"]
     assert "500,000,500,000 visible pairs" in lines["attention"]
     assert "verified" in lines
+
+
+LONG = ("model.preset=qwen2.5-3b", "train.dtype=bf16", "train.sequence_length=524288", "train.tokens_per_step=524288")
+
+
+def test_plan_says_what_to_change_when_a_gpu_is_too_small(
+    prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farspan.kernels.triton.backend._INTERPRETED", False)  # as on a GPU
+    config = prepared / "long.yaml"
+    tree = yaml.safe_load((prepared / "config.yaml").read_text())
+    tree["model"] = {}
+    config.write_text(yaml.safe_dump(tree))
+    assert main(["plan", str(config), *LONG]) == 0
+    written = capsys.readouterr().out
+    assert max(map(len, written.splitlines())) <= 100
+    words = " ".join(written.split())
+    assert re.search(r"memory \d+\.\d\d of 139\.8 GiB of a GPU", words)
+    assert re.search(
+        r"does not fit by \d+\.\d GiB: set memory\.offload: true, or parallel\.context: 4 with launch\.processes: 4",
+        words,
+    )
+    assert re.search(r"step \d+\.\d+ s expected, [\d,]+ tokens/s: \d+\.\d+ s of compute and 0\.000 s of exposed", words)
+    assert main(["plan", str(config), *LONG, "launch.processes=16", "parallel.context=16", "parallel.plan=auto"]) == 0
+    written = capsys.readouterr().out
+    assert max(map(len, written.splitlines())) <= 100
+    words = " ".join(written.split())
+    assert "does not fit" not in words
+    assert "h200: 2 nodes of 8 H200, 362 GB/s inside, 45 GB/s between them" in words
+    assert re.search(r"choice parallel\.plan auto is (\w+): .* is expected to take \1 [\d.,]+ ms, ", words)
+    assert "what other nodes need enters each of them" in words
+    assert re.search(r"0-15 +1\.000 ", words)
+
+
+def test_plan_of_a_time_that_nobody_measured(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no time predicted: rates were measured in bf16" in plan_lines(capsys, prepared)["step"]
+    lines = plan_lines(capsys, prepared, "train.dtype=bf16", "attention.backend=reference")
+    assert "no time predicted: attention.backend reference was not measured on NVIDIA H200" in lines["step"]
+
+
+def test_plan_draws_or_says_what_is_missing(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = prepared / "plan.png"
+    arguments = ["plan", str(prepared / "config.yaml"), "--plot", str(picture)]
+    if find_spec("matplotlib") is None:
+        assert main(arguments) == 2
+        assert capsys.readouterr() == ("", "farspan: --plot needs matplotlib: pip install 'farspan[plot]'\n")
+        return
+    assert main(arguments) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments[:-1], str(prepared / "plan.nonsense")]) == 2
+
+
+def test_plan_of_an_unknown_cluster(prepared: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(prepared / "config.yaml"), "cluster=h201"]
+    check_refused(arguments, "there is no cluster 'h201'; did you mean 'h200'?", prepared, launches, capsys)
 
 
 def test_plan_refuses_an_impossible_mesh(
