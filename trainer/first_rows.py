@@ -28,10 +28,9 @@ def first_mask(config: RunConfig, order: Order, data: int) -> tuple[IntervalMask
     """The mask of the first batch, and what it is; of rows with one document each where there is no text yet."""
     length, across = config.train.sequence_length, config.attention.across_documents
     try:
-        prepared = load_prepared(config.data.directory)
+        rows = step_rows(config, load_prepared(config.data.directory), data)
     except DataError as error:
         return masks.causal(length), f"rows of one document, {length:,} tokens, since there is no text. {error}"
-    rows = step_rows(config, prepared, data)
     taken = [rows.row(sample) for sample in rows.samples(0, 0, 0)]
     documents = sum(len(row.cu_seqlens) - 1 for row in taken)
     seen = "seen across documents" if across else "each seen by itself"

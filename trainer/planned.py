@@ -50,7 +50,10 @@ def plan_of(config: RunConfig, processes: int) -> tuple[Planned, str | None]:
     heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
     order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
     mask = masks.causal(train.sequence_length)
-    name, reason = plan_name(config, order, lambda: first_mask(config, order, degrees.data)[0])
+    first, rows = first_mask(config, order, degrees.data) if parallel.plan == "auto" else (mask, "")
+    name, reason = plan_name(config, order, lambda: first)
     plan = plans.build(name, order, mask, heads)
     found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
-    return Planned(config, load_cluster(config.cluster), degrees, order, plan, found), reason
+    return Planned(
+        config, load_cluster(config.cluster), degrees, order, plan, found
+    ), reason and f"{reason}; rows: {rows}"

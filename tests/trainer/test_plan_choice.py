@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,20 +58,27 @@ def test_nothing_is_predicted_that_nobody_asked_for() -> None:
     assert reason is not None
 
 
-def test_slow_links_change_the_choice(tmp_path: Any) -> None:
-    """Packed documents on a contiguous order: the ring sends what neighbours need from rank to rank, not straight."""
+def _milliseconds(reason: str | None) -> dict[str, float]:
+    assert reason is not None
+    return {name: float(number.replace(",", "")) for name, number in re.findall(r"(\w+) ([\d.,]+) ms", reason)}
+
+
+def test_links_count(tmp_path: Path) -> None:
+    """Between slow nodes no plan is hidden; each sends 6 or 7 blocks of keys over one link, and gradients back."""
     config = _config(8, parallel={"order": "contiguous"})
     order, mask = orders.contiguous(65536, 8), masks.full(65536)
-    _, reason = plan_name(config, order, lambda: mask)
+    _, fast = plan_name(config, order, lambda: mask)
     slow = tmp_path / "slow.yaml"
     slow.write_text(
         "gpu: X\ncompute_capability: [9, 0]\ngpus_per_node: 2\nmemory_gib: 80\nmatrix_tflops: 700\n"
         "memory_gigabytes_per_second: 3000\ninner: {gigabytes_per_second: 300}\nouter: {gigabytes_per_second: 0.1}\n"
     )
-    name, slower = plan_name(config.model_copy(update={"cluster": str(slow)}), order, lambda: mask)
-    # On slow links between nodes a block had better enter each node once, as on its way round the ring.
-    assert name == "ring"
-    assert slower != reason
+    _, reason = plan_name(config.model_copy(update={"cluster": str(slow)}), order, lambda: mask)
+    block = 2 * 8192 * 2 * 128 * 2 / 0.1e9 * 1e3  # milliseconds of the keys and values of one rank
+    # Forward once, backward once more, and gradients of twice the bytes.
+    assert _milliseconds(reason)["all_gather"] == pytest.approx(6 * 4 * block, rel=0.1)
+    assert _milliseconds(reason)["ring"] == pytest.approx(7 * 4 * block, rel=0.1)
+    assert max(_milliseconds(fast).values()) < block
 
 
 def test_no_rates_no_choice() -> None:
