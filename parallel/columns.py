@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -26,19 +27,12 @@ class MoveColumns(NamedTuple):
 
     @classmethod
     def of(cls, moves: Sequence[Move]) -> MoveColumns:
-        names = [move.link for move in moves]
+        names = list(map(attrgetter("link"), moves))
         links = tuple(sorted(set(names)))
         number = {name: index for index, name in enumerate(links)}
-        return cls(
-            np.array([move.block for move in moves], np.int64),
-            np.array([move.src for move in moves], np.int64),
-            np.array([move.dst for move in moves], np.int64),
-            np.array([move.start for move in moves], np.int64),
-            np.array([move.stop for move in moves], np.int64),
-            np.array([move.home for move in moves], bool),
-            np.array([number[name] for name in names], np.int64),
-            links,
-        )
+        numbers = np.fromiter(map(number.__getitem__, names), np.int64, len(names))
+        block, src, dst, start, stop = (_column(moves, name) for name in ("block", "src", "dst", "start", "stop"))
+        return cls(block, src, dst, start, stop, _column(moves, "home").astype(bool), numbers, links)
 
 
 class Uses(NamedTuple):
@@ -49,7 +43,7 @@ class Uses(NamedTuple):
 
     @classmethod
     def of(cls, blocks: Sequence[tuple[int, ...]]) -> Uses:
-        counts = np.array([len(some) for some in blocks], np.int64)
+        counts = np.fromiter(map(len, blocks), np.int64, len(blocks))
         return cls(np.fromiter(chain.from_iterable(blocks), np.int64, int(counts.sum())), counts)
 
     @property
@@ -69,8 +63,8 @@ class PieceColumns(NamedTuple):
     @classmethod
     def of(cls, pieces: Sequence[Piece]) -> PieceColumns:
         return cls(
-            np.array([piece.rank for piece in pieces], np.int64),
-            np.array([piece.stage for piece in pieces], np.int64),
+            _column(pieces, "rank"),
+            _column(pieces, "stage"),
             Uses.of([piece.q for piece in pieces]),
             Uses.of([piece.kv for piece in pieces]),
         )
@@ -82,6 +76,10 @@ class PieceColumns(NamedTuple):
         partner = np.arange(len(q)) - np.repeat(partners.cumsum() - partners, partners)
         first = self.kv.counts.cumsum() - self.kv.counts
         return piece, q, self.kv.blocks[first[piece] + partner]
+
+
+def _column(items: Sequence[Move] | Sequence[Piece], name: str) -> np.ndarray:
+    return np.fromiter(map(attrgetter(name), items), np.int64, len(items))
 
 
 def cells(table: np.ndarray, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

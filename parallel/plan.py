@@ -120,12 +120,10 @@ class Plan:
         block is one by token and head.
         """
         pieces = self.backward.piece_columns
-        # A number for each (block, rank) that computes with it, each number once.
-        users = np.unique(
-            np.concatenate([uses.blocks * self.world + pieces.rank[uses.pieces] for uses in (pieces.q, pieces.kv)])
-        )
-        blocks, ranks = np.unique(users // self.world, return_counts=True)
-        return frozenset(blocks[ranks == 1].tolist())
+        used = np.zeros((len(self.blocks), self.world), bool)
+        for uses in (pieces.q, pieces.kv):
+            used[uses.blocks, pieces.rank[uses.pieces]] = True
+        return frozenset(np.flatnonzero(used.sum(1) == 1).tolist())
 
     def digest(self) -> str:
         """The same on every rank, or the ranks do not carry out the same plan."""

@@ -56,4 +56,4 @@ def plan_of(config: RunConfig, processes: int) -> tuple[Planned, str | None]:
     found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
     return Planned(
         config, load_cluster(config.cluster), degrees, order, plan, found
-    ), reason and f"{reason}; rows: {rows}"
+    ), reason and f"{reason}; judged by {rows}"
