@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from farspan.models.config import ModelConfig, preset_names
+from farspan.parallel.cluster import cluster_names, load_cluster
 from farspan.trainer.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,8 @@ ROOMS = [path.parent.name for path in sorted(ROOT.glob("*/__init__.py"))]
 LAYERS = [{"kernels"}, {"parallel"}, {"models", "data"}, {"trainer"}, {"launch"}]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PRESETS = [path for path in CONFIGS if path.parent.name == "models"]
+CLUSTERS = [path for path in CONFIGS if path.parent.name == "clusters"]
+RUNS = [path for path in CONFIGS if path not in [*PRESETS, *CLUSTERS]]
 DEPENDENCIES: list[str] = [
     *PROJECT["project"]["dependencies"],
     *PROJECT["project"]["optional-dependencies"]["dev"],
@@ -108,7 +111,13 @@ def test_a_model_preset_loads(path: Path) -> None:
     assert path.stem in preset_names()
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in PRESETS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_a_cluster_loads_by_name_and_by_path(path: Path) -> None:
+    assert path.stem in cluster_names()
+    assert load_cluster(path.stem) == load_cluster(str(path))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_loads(path: Path) -> None:
     load_config(path)
 
