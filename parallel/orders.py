@@ -101,6 +101,29 @@ def striped(length: int, world: int, block: int = 1) -> Order:
     )
 
 
+def zigzag_documents(cu_seqlens: Sequence[int], world: int) -> Order:
+    """Zigzag of each document by itself, as Megatron and Transformer Engine cut their packed format `thd`.
+
+        documents of 4 and 8 tokens, 2 ranks:  0 1 1 0 | 0 0 1 1 1 1 0 0
+
+    `cu_seqlens` are cumulative lengths from 0 to the row's length; each document must have a multiple of 2 x `world`
+    tokens (ValueError).
+    """
+    documents = list(pairwise(cu_seqlens))
+    for begin, end in documents:
+        if (end - begin) % (2 * world):
+            raise ValueError(
+                f"a document of {end - begin} tokens cannot be cut into 2 x {world} equal chunks: pad each document to "
+                f"a multiple of {2 * world} tokens"
+            )
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(world)]
+    for begin, end in documents:
+        chunk = (end - begin) // (2 * world)
+        for rank in range(world):
+            runs[rank] += [(begin + rank * chunk, chunk), (begin + (2 * world - 1 - rank) * chunk, chunk)]
+    return _order("zigzag_documents", cu_seqlens[-1], runs)
+
+
 def build(name: str, length: int, world: int, stripe: int = 128) -> Order:
     """The order called `name` in the configuration (`ORDERS`)."""
     if name not in ORDERS:
