@@ -124,6 +124,7 @@ def attention_function(
     _refuse(dropout != 0, f"attention_dropout {dropout}: set it to 0")
     _refuse(key.shape[2] != query.shape[2], "keys of earlier calls (past_key_values)")
     _refuse(bool(others.get("output_attentions")), "output_attentions")
+    _refuse(others.get("cu_seq_lens_q") is not None, "cu_seq_lens_q: give the documents to BatchSharder, as cu_seqlens")
     for option in ("softcap", "s_aux", "position_bias", "head_mask", "cache"):
         _refuse(others.get(option) is not None, option)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

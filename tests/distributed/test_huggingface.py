@@ -156,6 +156,7 @@ def test_what_is_not_computed_is_refused() -> None:
     refused("is_causal=False", is_causal=False)
     refused("attention_dropout 0.1", make_model("Llama", "farspan", attention_dropout=0.1))
     refused("softcap", softcap=30.0)
+    refused("cu_seq_lens_q: give the documents to BatchSharder", cu_seq_lens_q=torch.tensor(DOCUMENTS))
     short = {key: batch[key][:, 1:] for key in ("input_ids", "position_ids")}
     refused("gives each rank 46 of 45 tokens, but attention got 45", labels=None, **short)
     with pytest.raises(ValueError, match="into one row, but input_ids has 2"):
@@ -164,4 +165,8 @@ def test_what_is_not_computed_is_refused() -> None:
         sharder(tokens[:1], labels[:1], cu_seqlens=[0, 44])
     with pytest.raises(ValueError, match="plan is 'rings'; possible are"):
         BatchSharder(None, plan="rings")
+    with pytest.raises(ValueError, match="attention_chunk_size"):
+        attention_mask(1, 8, 8, local_size=4, config=model.config)
+    with pytest.raises(ValueError, match="or_mask_function"):
+        attention_mask(1, 8, 8, use_vmap=True)
     model(**{**batch, "attention_mask": torch.ones_like(tokens)})
