@@ -32,11 +32,20 @@ def test_the_drawings_in_the_docstrings() -> None:
     assert holders(orders.contiguous(8, 2)) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert holders(orders.zigzag(8, 2)) == [0, 0, 1, 1, 1, 1, 0, 0]
     assert holders(orders.striped(8, 2, 2)) == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert holders(orders.zigzag_documents([0, 4, 12], 2)) == [0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+
+
+def test_zigzag_of_one_document_is_zigzag_and_empty_documents_are_nothing() -> None:
+    expected = orders.zigzag(48, 4).positions
+    for cu_seqlens in ([0, 48], [0, 0, 48, 48]):
+        assert all(map(np.array_equal, orders.zigzag_documents(cu_seqlens, 4).positions, expected))
 
 
 def test_impossible_orders_are_refused() -> None:
     with pytest.raises(ValueError, match=r"parallel.order is 'spiral'; possible are contiguous, zigzag, striped"):
         orders.build("spiral", 8, 2)
+    with pytest.raises(ValueError, match=r"a document of 6 tokens .* a multiple of 4"):
+        orders.zigzag_documents([0, 8, 14], 2)
     with pytest.raises(ValueError, match=r"parallel.stripe = 0"):
         orders.striped(8, 2, 0)
     with pytest.raises(ValueError, match=r"length 0"):
