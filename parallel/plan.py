@@ -13,6 +13,7 @@ import numpy as np
 from farspan.parallel.orders import Order
 
 Side = Literal["q", "kv"]
+LINKS = ("direct", "exchange", "inner", "outer")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Move:
 
     An operand stays at its source as well. With `home`, what moves is the result accumulated at the source so far (out
     and lse, or dq; dk and dv), which the source then forgets and the destination adds to its own. `link` names the
-    communicator.
+    communicator, one of `LINKS`: direct sends, exchanges of heads, hops of an inner ring, hops from node to node.
     """
 
     block: int
@@ -52,7 +53,7 @@ class Move:
     start: int
     stop: int
     home: bool = False
-    link: str = "context"
+    link: str = "direct"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Plan:
 
     `heads` is (query heads, kv heads) of what a context rank holds; moves and pieces name blocks by their index.
     `kept` holds (rank, block): operands that stay where the forward pass brought them, for the backward pass.
+    `gradient_wire` is the dtype in which partial gradients travel; their sums are fp32 all the same.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Plan:
     forward: Schedule
     backward: Schedule
     kept: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    gradient_wire: Literal["fp32", "bf16"] = "fp32"
 
     @cached_property
     def complete(self) -> frozenset[int]:
@@ -110,7 +113,7 @@ class Plan:
 
     def digest(self) -> str:
         """The same on every rank, or the ranks do not carry out the same plan."""
-        content = (self.name, self.world, self.heads, self.blocks, self.forward, self.backward, sorted(self.kept))
+        content = (self.name, self.world, self.heads, self.blocks, self.forward, self.backward, sorted(self.kept), self.gradient_wire)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
@@ -137,7 +140,8 @@ def parts(plan: Plan, move: Move, backward: bool) -> list[Part]:
         if block.side == "kv":
             return [own, own]
         return [own, own, row, row] if backward else [own]
-    result = Part(rows, heads, True, move.block not in plan.complete)
+    narrow = move.block in plan.complete or (backward and plan.gradient_wire == "bf16")
+    result = Part(rows, heads, True, not narrow)
     if block.side == "kv":
         return [result, result]
     return [result] if backward else [result, row]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed
 
 WORLDS = (1, 2, 3, 4, 8)
 HEADS = {1: (6, 2), 2: (4, 1), 3: (4, 2), 4: (6, 2), 8: (6, 3)}
-NAMES = ("ring", "all_gather")
+NAMES = ("ring", "all_gather", "group_cast", "ulysses")
 
 
 def run_plan(
