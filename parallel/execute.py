@@ -188,6 +188,7 @@ class _Run:
         if frame.totals is None:
             frame.totals = result
             return
+        assert isinstance(rows.slots, Tensor), "what is a run was added in place"
         total = rows.take(frame.totals)
         self.combine(total, result)
         for whole, part in zip(frame.totals, total):

@@ -111,7 +111,7 @@ def striped(length: int, world: int, block: int = 1) -> Order:
 
 
 def two_class(roaming: np.ndarray, world: int, align: int = 1) -> Order:
-    """For Star Attention: the context in contiguous shares, and the `roaming` rows, which see everything, in equal ones.
+    """For Star Attention: the context in contiguous shares, and the `roaming` rows, which see all, in equal ones.
 
         12 tokens of which the last 4 roam, 2 ranks:  0 0 0 0 1 1 1 1 0 0 1 1
 
@@ -121,9 +121,7 @@ def two_class(roaming: np.ndarray, world: int, align: int = 1) -> Order:
     context, rows = np.flatnonzero(~roaming), np.flatnonzero(roaming)
     align = align if len(context) >= align * world else 1
     cuts = [round(rank * len(context) / (world * align)) * align for rank in range(1, world)]
-    held = [
-        np.sort(np.concatenate(parts)) for parts in zip(np.split(context, cuts), np.array_split(rows, world))
-    ]
+    held = [np.sort(np.concatenate(parts)) for parts in zip(np.split(context, cuts), np.array_split(rows, world))]
     slots, padding = max(len(positions) for positions in held), len(roaming)
     whole = []
     for positions in held:

@@ -113,7 +113,16 @@ class Plan:
 
     def digest(self) -> str:
         """The same on every rank, or the ranks do not carry out the same plan."""
-        content = (self.name, self.world, self.heads, self.blocks, self.forward, self.backward, sorted(self.kept), self.gradient_wire)
+        content = (
+            self.name,
+            self.world,
+            self.heads,
+            self.blocks,
+            self.forward,
+            self.backward,
+            sorted(self.kept),
+            self.gradient_wire,
+        )
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 

@@ -113,11 +113,11 @@ def prepare(
     mine = [piece for piece in dict.fromkeys(plan.forward.pieces + plan.backward.pieces) if piece.rank == rank]
     frames = _frames(mine, plan, order, rank, device)
     pieces = {piece: _piece(piece, frames, plan, order, mask, rank, device) for piece in mine}
-    forward = _stages(plan, plan.forward, rank, pieces)
+    forward = _stages(plan, plan.forward, rank, pieces, frames)
     kept = [block for holder, block in plan.kept if holder == rank]
     for stage in forward:
         stage.last_uses = [block for block in stage.last_uses if block not in kept]
-    return PreparedPlan(plan, rank, forward, _stages(plan, plan.backward, rank, pieces, kept))
+    return PreparedPlan(plan, rank, forward, _stages(plan, plan.backward, rank, pieces, frames, kept))
 
 
 def _frames(
@@ -198,6 +198,7 @@ def _stages(
     schedule: Schedule,
     rank: int,
     pieces: dict[Piece, PreparedPiece | None],
+    frames: dict[int, Joined],
     kept: Sequence[int] = (),
 ) -> list[PreparedStage]:
     stages = [PreparedStage(number) for number in range(schedule.stages)]
@@ -218,9 +219,11 @@ def _stages(
             prepared = pieces[piece]
             if prepared is not None:
                 stages[piece.stage].pieces.append(prepared)
-    for block, stage in last.items():
+    for block in last:
         if plan.blocks[block].owner != rank:
-            stages[stage].last_uses.append(block)
+            # All blocks of a frame are joined when the first is used, which in this batch may be late.
+            together = frames[block].blocks if block in frames else (block,)
+            stages[max(last.get(other, 0) for other in together)].last_uses.append(block)
     return stages
 
 

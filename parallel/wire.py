@@ -15,10 +15,11 @@ from farspan.parallel.plan import Move, Plan, parts
 from farspan.parallel.streams import SideStream
 
 Item = TypeVar("Item")
+Key = TypeVar("Key")
 
 
 class Deadline(NamedTuple):
-    """Transfers that are one batch: all that start together, on one link and until one stage; results after operands."""
+    """Transfers that start together, on one link and until one stage, are one batch; results go after operands."""
 
     home: bool
     link: str
@@ -145,9 +146,9 @@ def _deadline(move: Move) -> Deadline:
     return Deadline(move.home, move.link, move.stop)
 
 
-def _grouped(items: Iterable[Item], key: Callable[[Item], object]) -> dict[object, list[Item]]:
+def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """Items with the same key, in the plan's order, which is the same on both sides."""
-    groups: dict[object, list[Item]] = defaultdict(list)
+    groups: dict[Key, list[Item]] = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
     return groups

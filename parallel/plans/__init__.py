@@ -72,7 +72,7 @@ def build(
 def _divisor(key: str, given: int | None, name: str, ranks: int) -> int:
     possible = [n for n in range(1, ranks + 1) if ranks % n == 0]
     if given not in possible:
-        said = "is not given" if given is None else f"{given} does not divide {ranks}"
+        said = "is not given" if given is None else f"is {given}"
         raise ValueError(
             f"parallel.plan {name} divides {ranks} ranks by {key}, which {said}; possible are "
             f"{', '.join(map(str, possible))}"

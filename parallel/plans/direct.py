@@ -15,7 +15,7 @@ from farspan.parallel.plans.tree import halving
 
 
 def all_gather(order: Order, mask: IntervalMask, heads: tuple[int, int]) -> Plan:
-    """Every rank receives all keys and values of the ranks whose keys its rows need, a quarter of the kv heads at a time.
+    """Every rank receives all keys and values of the ranks that its rows need, a quarter of the kv heads at a time.
 
     One slice of heads travels while the slice before it is computed, so that a rank holds the whole row for two slices
     and not for all heads (the head stride of Llama 3's context parallelism, arXiv:2407.21783). Ranks compute their own
@@ -92,13 +92,14 @@ class _Build:
         seen = need(self.order, self.mask, [self.blocks[i] for i in rows], [self.blocks[i] for i in columns])
         sees = {row: {columns[at] for at in np.flatnonzero(line).tolist()} for row, line in zip(rows, seen)}
 
-        def compute(rank: int, stage: int, rows: Iterable[int], keys: Iterable[int]) -> tuple[int, ...]:
+        def compute(rank: int, stage: int, rows: Iterable[int], held: Iterable[int]) -> tuple[int, ...]:
             """Adds the piece of what is visible, if anything is; its rows."""
-            keys = set(keys)
-            rows = tuple(row for row in rows if sees[row] & keys)
-            if rows:
-                self.pieces.append(Piece(rank, stage, rows, tuple(sorted(keys & set().union(*map(sees.get, rows))))))
-            return rows
+            here = set(held)
+            seeing = tuple(row for row in rows if sees[row] & here)
+            if seeing:
+                used = here.intersection(block for row in seeing for block in sees[row])
+                self.pieces.append(Piece(rank, stage, seeing, tuple(sorted(used))))
+            return seeing
 
         received: list[list[int]] = [[] for _ in ranks]
         arrival = [stage] * self.order.world

@@ -99,7 +99,11 @@ class _Build:
             rows = _chosen(self._blocks("q", holder, share.queries), self.rows[holder][chunk])
             if not rows:
                 continue
-            keys, rank, stage = _chosen(kv_blocks, self.keys[chunk][holder]), self._rank(holder, share), self._stage(hop)
+            keys, rank, stage = (
+                _chosen(kv_blocks, self.keys[chunk][holder]),
+                self._rank(holder, share),
+                self._stage(hop),
+            )
             self.pieces.append(Piece(rank, stage, rows, keys))
             for block in keys:
                 used[block].append(hop)
