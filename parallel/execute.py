@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -9,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels import accumulation_dtype, attend, attend_backward, merge_into, row_delta
-from farspan.parallel.plan import Block, Move, Side
-from farspan.parallel.prepare import PreparedPiece, PreparedPlan, PreparedStage, Rows
+from farspan.parallel.plan import LINKS, Block, Move, Side
+from farspan.parallel.prepare import Joined, PreparedPiece, PreparedPlan, PreparedStage, Rows, slot_dim
 from farspan.parallel.wire import Wire
 
 
@@ -27,7 +30,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     prepared: PreparedPlan,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | Mapping[str, dist.ProcessGroup] | None,
     *,
     scale: float | None = None,
     backend: str = "auto",
@@ -38,19 +41,21 @@ def attention(
     Args:
         q, k, v: this rank's slots, `[B, slots, H or Hkv, D]`; padding slots may hold anything.
         prepared: `prepare(plan, ...)` for this rank and batch.
-        group: the context group; None when the plan is for one rank.
+        group: the context group, or a group for each link of the plan's moves, all of the same ranks, so that
+            transfers on one link do not wait for those on another; None when the plan is for one rank.
         memory: where the results are put, and taken from when the same call is made again to recompute its layer:
             then nothing is sent and no kernel runs.
 
     Returns:
         out `[B, slots, H, D]` in q's dtype and lse `[B, H, slots]`, which carries no gradient.
     """
-    return _PlannedAttention.apply(q, k, v, _Call(prepared, group, scale, backend, memory))
+    groups = group if isinstance(group, Mapping) or group is None else dict.fromkeys(LINKS, group)
+    return _PlannedAttention.apply(q, k, v, _Call(prepared, groups, scale, backend, memory))
 
 
 class _Call(NamedTuple):
     prepared: PreparedPlan
-    group: dist.ProcessGroup | None
+    groups: Mapping[str, dist.ProcessGroup] | None
     scale: float | None
     backend: str
     memory: LayerMemory | None
@@ -112,7 +117,9 @@ class _Run:
         self.operands, self.totals = operands, totals
         self.foreign = dict(arrived)
         self.results: dict[int, tuple[Tensor, ...]] = {}
-        self.wire = Wire(self.plan, self.rank, call.group, operands["kv"][0], backward=self.direction == "backward")
+        self.frames: dict[Joined, _Frame] = {}
+        self.uses = Counter(piece.q.frame for stage in self.stages for piece in stage.pieces)
+        self.wire = Wire(self.plan, self.rank, call.groups, operands["kv"][0], backward=self.direction == "backward")
 
     def __call__(self) -> None:
         for stage in self.stages:
@@ -126,27 +133,44 @@ class _Run:
                 self.compute(piece)
             for block in stage.last_uses:
                 del self.foreign[block]
+            self.wire.release(stage.last_uses)
+        for frame in list(self.frames.values()):
+            self.close(frame)
+        self.wire.finish()
 
     def payload(self, move: Move) -> tuple[Tensor, ...]:
-        return self.results.pop(move.block) if move.home else self.operand(move.block)
+        if not move.home:
+            return self.operand(move.block)
+        for frame in list(self.frames.values()):
+            if move.block in frame.joined.blocks:
+                self.close(frame)
+        return self.results.pop(move.block)
 
     def operand(self, index: int) -> tuple[Tensor, ...]:
         """A block's operand tensors: views of our own, or what has arrived."""
         block = self.plan.blocks[index]
         return self.foreign[index] if block.owner != self.rank else _views(self.operands[block.side], block)
 
-    def gather(self, rows: Rows) -> tuple[Tensor, ...]:
-        """The operand tensors of some blocks, each as one tensor in ascending position."""
-        if rows.span is not None:
-            return _views(self.operands[rows.span.side], rows.span)
-        return tuple(rows.join(tensors) for tensors in zip(*map(self.operand, rows.blocks)))
+    def keys(self, joined: Joined) -> tuple[Tensor, ...]:
+        if joined.span is not None:
+            return _views(self.operands["kv"], joined.span)
+        return tuple(joined.join(tensors) for tensors in zip(*map(self.operand, joined.blocks)))
 
-    def accumulators(self, rows: Rows) -> tuple[Tensor, ...] | None:
-        """Where a kernel may add the result of these rows in place, if that is one place."""
-        return None if rows.span is None else _views(self.totals[rows.span.side], rows.span)
+    def frame(self, rows: Rows) -> _Frame:
+        joined = rows.frame
+        if joined not in self.frames:
+            if joined.span is not None:
+                return _Frame(joined, _views(self.operands["q"], joined.span), _views(self.totals["q"], joined.span))
+            operands = tuple(joined.join(tensors) for tensors in zip(*map(self.operand, joined.blocks)))
+            sole = self.uses[joined] == 1 and rows.all
+            self.frames[joined] = _Frame(joined, operands, None if sole else self.nothing(operands))
+        return self.frames[joined]
 
-    def scatter(self, rows: Rows, results: tuple[Tensor, ...]) -> None:
-        for block, tensors in zip(rows.blocks, zip(*map(rows.split, results))):
+    def close(self, frame: _Frame) -> None:
+        """Hands out a frame's results to its blocks."""
+        del self.frames[frame.joined]
+        assert frame.totals is not None
+        for block, tensors in zip(frame.joined.blocks, zip(*map(frame.joined.split, frame.totals))):
             self.add(block, tensors)
 
     def add(self, index: int, tensors: tuple[Tensor, ...]) -> None:
@@ -159,21 +183,48 @@ class _Run:
         else:
             self.results[index] = tensors
 
+    def put(self, frame: _Frame, rows: Rows, result: tuple[Tensor, ...]) -> None:
+        """Adds what a kernel could not add in place."""
+        if frame.totals is None:
+            frame.totals = result
+            return
+        assert isinstance(rows.slots, Tensor), "what is a run was added in place"
+        total = rows.take(frame.totals)
+        self.combine(total, result)
+        for whole, part in zip(frame.totals, total):
+            whole.index_copy_(slot_dim(whole), rows.slots, part)
+
     def compute(self, piece: PreparedPiece) -> None:
         raise NotImplementedError
 
     def combine(self, total: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
         raise NotImplementedError
 
+    def nothing(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The total of rows for which nothing was computed yet."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class _Frame:
+    """Rows as one tensor, and what was computed of them so far; None until the one result that there will be."""
+
+    joined: Joined
+    operands: tuple[Tensor, ...]
+    totals: tuple[Tensor, ...] | None
+
+    def accumulators(self, rows: Rows) -> tuple[Tensor, ...] | None:
+        """Where a kernel may add the result of these rows in place, if that is one place."""
+        return rows.take(self.totals) if self.totals is not None and isinstance(rows.slots, slice) else None
+
 
 class _Forward(_Run):
     direction = "forward"
 
     def __init__(self, call: _Call, q: Tensor, k: Tensor, v: Tensor) -> None:
-        work = accumulation_dtype(q.dtype)
         self.stages = call.prepared.forward
-        self.out = torch.zeros_like(q, dtype=work)
-        self.lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=work)
+        self.dtype = accumulation_dtype(q.dtype)
+        self.out, self.lse = self.nothing((q,))
         super().__init__(call, {"q": (q,), "kv": (k, v)}, {"q": (self.out, self.lse)}, {})
 
     def kept(self) -> list[Tensor]:
@@ -181,8 +232,9 @@ class _Forward(_Run):
         return [x for block in sorted(self.foreign) for x in self.foreign[block]]
 
     def compute(self, piece: PreparedPiece) -> None:
-        (q,), (k, v) = self.gather(piece.q), self.gather(piece.kv)
-        total = self.accumulators(piece.q)
+        frame = self.frame(piece.q)
+        (q,), (k, v) = piece.q.take(frame.operands), self.keys(piece.kv)
+        total = frame.accumulators(piece.q)
         result = attend(
             q,
             k,
@@ -190,14 +242,19 @@ class _Forward(_Run):
             piece.mask,
             scale=self.scale,
             backend=self.backend,
-            out_dtype=self.out.dtype,
+            out_dtype=self.dtype,
             accumulate=None if total is None else (total[0], total[1]),
         )
         if total is None:
-            self.scatter(piece.q, result)
+            self.put(frame, piece.q, result)
 
     def combine(self, total: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
         merge_into(*total, *tensors)
+
+    def nothing(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        q = operands[0]
+        out = torch.zeros_like(q, dtype=self.dtype, memory_format=torch.contiguous_format)
+        return out, q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=self.dtype)
 
 
 class _Backward(_Run):
@@ -211,20 +268,23 @@ class _Backward(_Run):
         rows: tuple[Tensor, ...],
         keys: tuple[Tensor, ...],
     ) -> None:
-        work = accumulation_dtype(rows[0].dtype)
+        self.dtype = accumulation_dtype(rows[0].dtype)
         self.stages = call.prepared.backward
         self.out = out
-        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=work) for x in (rows[0], *keys))
+        self.dq, self.dk, self.dv = (self.nothing((x,))[0] for x in (rows[0], *keys))
         arrived: dict[int, tuple[Tensor, ...]] = {}
         for block, k, v in zip(call.kept_blocks(), kept[::2], kept[1::2], strict=True):
             arrived[block] = (k, v)
         super().__init__(call, {"q": rows, "kv": keys}, {"q": (self.dq,), "kv": (self.dk, self.dv)}, arrived)
 
     def compute(self, piece: PreparedPiece) -> None:
-        (q, dout, lse, delta), (k, v) = self.gather(piece.q), self.gather(piece.kv)
-        to_q, to_kv = self.accumulators(piece.q), self.accumulators(piece.kv)
+        frame = self.frame(piece.q)
+        (q, dout, lse, delta), (k, v) = piece.q.take(frame.operands), self.keys(piece.kv)
+        to_q = frame.accumulators(piece.q)
+        to_kv = None if piece.kv.span is None else _views(self.totals["kv"], piece.kv.span)
         # Rows that travel bring delta instead of out.
-        out = None if piece.q.span is None else _views((self.out,), piece.q.span)[0]
+        span = frame.joined.span
+        out = None if span is None else piece.q.take(_views((self.out,), span))[0]
         gradients = attend_backward(
             dout,
             q,
@@ -236,17 +296,21 @@ class _Backward(_Run):
             scale=self.scale,
             backend=self.backend,
             delta=delta,
-            out_dtype=self.dq.dtype,
+            out_dtype=self.dtype,
             accumulate=(to_q[0] if to_q else None, *((to_kv[0], to_kv[1]) if to_kv else (None, None))),
         )
         if to_q is None:
-            self.scatter(piece.q, gradients[:1])
+            self.put(frame, piece.q, gradients[:1])
         if to_kv is None:
-            self.scatter(piece.kv, gradients[1:])
+            for block, tensors in zip(piece.kv.blocks, zip(*map(piece.kv.split, gradients[1:]))):
+                self.add(block, tensors)
 
     def combine(self, total: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
         for sum_, tensor in zip(total, tensors):
             sum_ += tensor
+
+    def nothing(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.zeros_like(operands[0], dtype=self.dtype, memory_format=torch.contiguous_format),)
 
 
 def _views(tensors: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:

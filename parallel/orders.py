@@ -16,12 +16,14 @@ class Order:
     """The permutation of a packed row over ranks.
 
     `positions[rank]` int64 `[slots]` ascends: which token each slot of the rank holds. Positions at or past `length`
-    are padding, which no mask and no loss sees. All ranks hold equally many slots.
+    are padding, which no mask and no loss sees. All ranks hold equally many slots. `roaming`, boolean `[length]`, marks
+    rows whose queries may travel to the keys that they see (`two_class`).
     """
 
     name: str
     length: int
     positions: tuple[np.ndarray, ...]
+    roaming: np.ndarray | None = None
 
     @property
     def world(self) -> int:
@@ -34,6 +36,13 @@ class Order:
     def real(self, rank: int) -> np.ndarray:
         """Boolean `[slots]`: which slots of the rank hold a token, not padding."""
         return self.positions[rank] < self.length
+
+    def roams(self, rank: int) -> np.ndarray:
+        """Boolean `[slots]`: which rows of the rank are marked as roaming; padding is not."""
+        positions = self.positions[rank]
+        if self.roaming is None:
+            return np.zeros(len(positions), bool)
+        return (positions < self.length) & self.roaming[np.minimum(positions, self.length - 1)]
 
     def shard(self, x: Tensor, rank: int, dim: int = 1, padding: float = 0) -> Tensor:
         """The rank's slots of a whole row `x` (size `length` along `dim`); padding slots are filled with `padding`."""
@@ -121,6 +130,27 @@ def zigzag_documents(cu_seqlens: Sequence[int], world: int) -> Order:
     chunk = offset // np.repeat(sizes // (2 * world), sizes)
     rank = np.minimum(chunk, 2 * world - 1 - chunk)
     return Order("zigzag_documents", int(bounds[-1]), tuple(np.flatnonzero(rank == r) for r in range(world)))
+
+
+def two_class(roaming: np.ndarray, world: int, align: int = 1) -> Order:
+    """For Star Attention: the context in contiguous shares, and the `roaming` rows, which see all, in equal ones.
+
+        12 tokens of which the last 4 roam, 2 ranks:  0 0 0 0 1 1 1 1 0 0 1 1
+
+    `roaming` is boolean `[length]`. Shares of the context are cut at multiples of `align` tokens of it, such as Star's
+    blocks, as long as every rank gets some.
+    """
+    context, rows = np.flatnonzero(~roaming), np.flatnonzero(roaming)
+    align = align if len(context) >= align * world else 1
+    cuts = [round(rank * len(context) / (world * align)) * align for rank in range(1, world)]
+    held = [np.sort(np.concatenate(parts)) for parts in zip(np.split(context, cuts), np.array_split(rows, world))]
+    slots, padding = max(len(positions) for positions in held), len(roaming)
+    whole = []
+    for positions in held:
+        missing = slots - len(positions)
+        whole.append(np.concatenate([positions, np.arange(padding, padding + missing)]))
+        padding += missing
+    return Order("two_class", len(roaming), tuple(whole), roaming)
 
 
 def build(name: str, length: int, world: int, stripe: int = 128) -> Order:

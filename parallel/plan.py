@@ -15,6 +15,7 @@ from farspan.parallel.orders import Order
 Side = Literal["q", "kv"]
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+LINKS = ("direct", "exchange", "inner", "outer")
 
 
 class PlanError(ValueError):
@@ -50,7 +51,7 @@ class Move:
 
     An operand stays at its source as well. With `home`, what moves is the result accumulated at the source so far (out
     and lse, or dq; dk and dv), which the source then forgets and the destination adds to its own. `link` names the
-    communicator.
+    communicator, one of `LINKS`: direct sends, exchanges of heads, hops of an inner ring, hops from node to node.
     """
 
     block: int
@@ -59,7 +60,7 @@ class Move:
     start: int
     stop: int
     home: bool = False
-    link: str = "context"
+    link: str = "direct"
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -99,6 +100,7 @@ class Plan:
 
     `heads` is (query heads, kv heads) of what a context rank holds; moves and pieces name blocks by their index.
     `kept` holds (rank, block): operands that stay where the forward pass brought them, for the backward pass.
+    `gradient_wire` is the dtype in which partial gradients travel; their sums are fp32 all the same.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Plan:
     forward: Schedule
     backward: Schedule
     kept: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    gradient_wire: Literal["fp32", "bf16"] = "fp32"
 
     def schedule(self, direction: Direction) -> Schedule:
         return self.forward if direction == "forward" else self.backward
@@ -127,7 +130,9 @@ class Plan:
 
     def digest(self) -> str:
         """The same on every rank, or the ranks do not carry out the same plan."""
-        content = hashlib.sha256(repr((self.name, self.world, self.heads, self.blocks, sorted(self.kept))).encode())
+        content = hashlib.sha256(
+            repr((self.name, self.world, self.heads, self.blocks, sorted(self.kept), self.gradient_wire)).encode()
+        )
         for schedule in (self.forward, self.backward):
             *moves, links = schedule.move_columns
             rank, stage, q, kv = schedule.piece_columns
@@ -160,7 +165,8 @@ def parts(plan: Plan, move: Move, backward: bool) -> list[Part]:
         if block.side == "kv":
             return [own, own]
         return [own, own, row, row] if backward else [own]
-    result = Part(rows, heads, True, move.block not in plan.complete)
+    narrow = move.block in plan.complete or (backward and plan.gradient_wire == "bf16")
+    result = Part(rows, heads, True, not narrow)
     if block.side == "kv":
         return [result, result]
     return [result] if backward else [result, row]

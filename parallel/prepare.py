@@ -16,10 +16,10 @@ from farspan.parallel.plan import Block, Move, Piece, Plan, Schedule
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Some blocks as one operand of a piece, in ascending position.
+class Joined:
+    """Some blocks as one tensor, in ascending position.
 
-    `span` is set where they are one run of slots of this rank's own tensors, which need no gathering. Otherwise
+    `span` is set where they are one run of slots of this rank's own tensors, which need no joining. Otherwise
     `permutation` puts the concatenated blocks in ascending position; None where they already are.
     """
 
@@ -29,22 +29,47 @@ class Rows:
     permutation: Tensor | None
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        dim = _slot_dim(tensors[0])
+        dim = slot_dim(tensors[0])
         joined = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
         return joined if self.permutation is None else joined.index_select(dim, self.permutation)
 
     def split(self, joined: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `join`."""
-        dim = _slot_dim(joined)
+        dim = slot_dim(joined)
         if self.permutation is not None:
             joined = torch.empty_like(joined).index_copy_(dim, self.permutation, joined)
         return joined.split(self.sizes, dim)
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a frame: of the rank's own tensors (`frame.span`), or of blocks that are joined once for all pieces.
+
+    `slots` are a run of the frame's, or else their numbers.
+    """
+
+    frame: Joined
+    slots: slice | Tensor
+
+    @property
+    def count(self) -> int:
+        return self.slots.stop - self.slots.start if isinstance(self.slots, slice) else len(self.slots)
+
+    @property
+    def all(self) -> bool:
+        return self.slots == slice(0, sum(self.frame.sizes))
+
+    def take(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """These rows of the frame's tensors; views of them where they are a run."""
+        if isinstance(self.slots, slice):
+            return tuple(x.narrow(slot_dim(x), self.slots.start, self.count) for x in tensors)
+        return tuple(x.index_select(slot_dim(x), self.slots) for x in tensors)
+
+
+@dataclass(frozen=True, eq=False)
 class PreparedPiece:
     q: Rows
-    kv: Rows
+    kv: Joined
     mask: IntervalMask
 
 
@@ -75,7 +100,7 @@ class PreparedPlan:
             return None
         q, kv = pieces[0].q, pieces[0].kv
         own = {index for index, block in enumerate(self.plan.blocks) if block.owner == self.rank}
-        return pieces[0] if q.span and kv.span and own == {*q.blocks, *kv.blocks} else None
+        return pieces[0] if q.all and q.frame.span and kv.span and own == {*q.frame.blocks, *kv.blocks} else None
 
 
 def prepare(
@@ -85,30 +110,67 @@ def prepare(
 
     Pieces that see nothing are left out here. Their moves are not, for the other ranks expect them.
     """
-    pieces: dict[Piece, PreparedPiece | None] = {}
-    for piece in plan.forward.pieces + plan.backward.pieces:
-        if piece.rank == rank and piece not in pieces:
-            pieces[piece] = _piece(piece, plan, order, mask, rank, device)
-    forward = _stages(plan, plan.forward, rank, pieces)
+    mine = [piece for piece in dict.fromkeys(plan.forward.pieces + plan.backward.pieces) if piece.rank == rank]
+    frames = _frames(mine, plan, order, rank, device)
+    pieces = {piece: _piece(piece, frames, plan, order, mask, rank, device) for piece in mine}
+    forward = _stages(plan, plan.forward, rank, pieces, frames)
     kept = [block for holder, block in plan.kept if holder == rank]
     for stage in forward:
         stage.last_uses = [block for block in stage.last_uses if block not in kept]
-    return PreparedPlan(plan, rank, forward, _stages(plan, plan.backward, rank, pieces, kept))
+    return PreparedPlan(plan, rank, forward, _stages(plan, plan.backward, rank, pieces, frames, kept))
+
+
+def _frames(
+    pieces: Sequence[Piece], plan: Plan, order: Order, rank: int, device: torch.device | str
+) -> dict[int, Joined]:
+    """For each block of rows the frame that it is in. Blocks that meet in a piece are in one frame."""
+    together: dict[int, set[int]] = {}
+    for piece in pieces:
+        met = set().union(*({block} | together.get(block, set()) for block in piece.q))
+        together.update(dict.fromkeys(met, met))
+    frames: dict[int, Joined] = {}
+    for blocks in {id(met): sorted(met) for met in together.values()}.values():
+        atoms = [plan.blocks[block] for block in blocks]
+        if all(atom.owner == rank for atom in atoms):
+            whole = Block("q", rank, (0, order.slots), atoms[0].heads)
+            frame = Joined(tuple(blocks), (order.slots,), whole, None)
+        else:
+            frame = _joined(sorted(blocks, key=lambda block: _first(plan, order, block)), plan, order, rank, device)
+        frames.update(dict.fromkeys(blocks, frame))
+    return frames
 
 
 def _piece(
-    piece: Piece, plan: Plan, order: Order, mask: IntervalMask, rank: int, device: torch.device | str
+    piece: Piece,
+    frames: dict[int, Joined],
+    plan: Plan,
+    order: Order,
+    mask: IntervalMask,
+    rank: int,
+    device: torch.device | str,
 ) -> PreparedPiece | None:
-    q_positions, q_permutation = _ascending(piece.q, plan, order)
-    k_positions, k_permutation = _ascending(piece.kv, plan, order)
+    frame = frames[piece.q[0]]
+    if frame.span is not None:
+        slots = np.sort(np.concatenate([np.arange(*plan.blocks[block].slots) for block in piece.q]))
+        q_positions = order.positions[rank][slots]
+    else:
+        held, _ = _ascending(frame.blocks, plan, order)
+        q_positions, _ = _ascending(piece.q, plan, order)
+        slots = np.searchsorted(held, q_positions)
+    keys = sorted(piece.kv, key=lambda block: _first(plan, order, block))
+    k_positions, _ = _ascending(keys, plan, order)
     piece_mask = mask.at(q_positions, k_positions)
     if piece_mask.kind(len(k_positions)) == "empty":
         return None
-    return PreparedPiece(
-        _rows(piece.q, plan, rank, q_permutation, device),
-        _rows(piece.kv, plan, rank, k_permutation, device),
-        piece_mask.to(device),
-    )
+    run = slots[-1] - slots[0] == len(slots) - 1
+    at = slice(int(slots[0]), int(slots[-1]) + 1) if run else torch.from_numpy(slots).to(device)
+    return PreparedPiece(Rows(frame, at), _joined(keys, plan, order, rank, device), piece_mask.to(device))
+
+
+def _first(plan: Plan, order: Order, block: int) -> int:
+    """Position of a block's first token."""
+    atom = plan.blocks[block]
+    return int(order.positions[atom.owner][atom.slots[0]])
 
 
 def _ascending(blocks: Iterable[int], plan: Plan, order: Order) -> tuple[np.ndarray, np.ndarray | None]:
@@ -120,16 +182,15 @@ def _ascending(blocks: Iterable[int], plan: Plan, order: Order) -> tuple[np.ndar
     return positions[permutation], permutation
 
 
-def _rows(
-    blocks: tuple[int, ...], plan: Plan, rank: int, permutation: np.ndarray | None, device: torch.device | str
-) -> Rows:
+def _joined(blocks: Sequence[int], plan: Plan, order: Order, rank: int, device: torch.device | str) -> Joined:
     atoms = [plan.blocks[block] for block in blocks]
     sizes = tuple(atom.slots[1] - atom.slots[0] for atom in atoms)
-    adjacent = all(a.slots[1] == b.slots[0] and a.heads == b.heads for a, b in pairwise(atoms))
+    _, permutation = _ascending(blocks, plan, order)
+    adjacent = all(a.slots[1] == b.slots[0] for a, b in pairwise(atoms))
     if permutation is None and adjacent and all(atom.owner == rank for atom in atoms):
         span = Block(atoms[0].side, rank, (atoms[0].slots[0], atoms[-1].slots[1]), atoms[0].heads)
-        return Rows(blocks, sizes, span, None)
-    return Rows(blocks, sizes, None, None if permutation is None else torch.from_numpy(permutation).to(device))
+        return Joined(tuple(blocks), sizes, span, None)
+    return Joined(tuple(blocks), sizes, None, None if permutation is None else torch.from_numpy(permutation).to(device))
 
 
 def _stages(
@@ -137,6 +198,7 @@ def _stages(
     schedule: Schedule,
     rank: int,
     pieces: dict[Piece, PreparedPiece | None],
+    frames: dict[int, Joined],
     kept: Sequence[int] = (),
 ) -> list[PreparedStage]:
     stages = [PreparedStage(number) for number in range(schedule.stages)]
@@ -157,12 +219,14 @@ def _stages(
             prepared = pieces[piece]
             if prepared is not None:
                 stages[piece.stage].pieces.append(prepared)
-    for block, stage in last.items():
+    for block in last:
         if plan.blocks[block].owner != rank:
-            stages[stage].last_uses.append(block)
+            # All blocks of a frame are joined when the first is used, which in this batch may be late.
+            together = frames[block].blocks if block in frames else (block,)
+            stages[max(last.get(other, 0) for other in together)].last_uses.append(block)
     return stages
 
 
-def _slot_dim(x: Tensor) -> int:
+def slot_dim(x: Tensor) -> int:
     """Slots are dim 1 of `[B, slots, heads, D]` and dim 2 of `[B, heads, slots]`."""
     return 1 if x.dim() == 4 else 2

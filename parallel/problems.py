@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,9 +18,12 @@ def problems(prepared: PreparedPlan, tensors: Problem, backward: bool) -> Iterat
     blocks = prepared.plan.blocks
     stages = prepared.backward if backward else prepared.forward
     sole = prepared.sole_piece(stages)
+    uses = Counter(piece.q.frame for stage in stages for piece in stage.pieces)
     for piece in (piece for stage in stages for piece in stage.pieces):
-        in_place = piece.q.span is not None or (backward and piece.kv.span is not None)
-        (first, last), (kv_first, kv_last) = (blocks[rows.blocks[0]].heads for rows in (piece.q, piece.kv))
+        frame = piece.q.frame
+        several = frame.span is not None or uses[frame] > 1 or not piece.q.all
+        in_place = (several and isinstance(piece.q.slots, slice)) or (backward and piece.kv.span is not None)
+        (first, last), (kv_first, kv_last) = (blocks[of.blocks[0]].heads for of in (frame, piece.kv))
         yield (
             piece,
             replace(
@@ -30,6 +34,6 @@ def problems(prepared: PreparedPlan, tensors: Problem, backward: bool) -> Iterat
                 backward=backward,
                 accumulate=in_place and piece is not sole,
                 # Rows that travel bring delta instead of out.
-                out_given=not backward or piece.q.span is not None,
+                out_given=not backward or frame.span is not None,
             ),
         )

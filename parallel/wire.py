@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,49 +12,81 @@ from torch import Tensor
 
 from farspan.kernels import accumulation_dtype
 from farspan.parallel.plan import Move, Plan, parts
+from farspan.parallel.streams import SideStream
 
 Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+
+class Deadline(NamedTuple):
+    """Transfers that start together, on one link and until one stage, are one batch; results go after operands."""
+
+    home: bool
+    link: str
+    stop: int
 
 
 class Wire:
     """Moves of one direction of one plan, for one rank.
 
-    What goes to one peer with one deadline is one message. Receives are posted with the sends of their first stage and
-    waited for at their last, so a transfer runs beside the pieces in between, on the communicator's own stream.
-    Receiving buffers are new ones, which makes two in flight at once: one being computed with, one being filled.
+    What goes to one peer with one deadline is one message, keys and values together. Receives are posted with the sends
+    of their first stage and waited for at their last, so a transfer runs beside the pieces in between. Packing and
+    waiting happen on a stream of their own: operands go on before the kernels that were launched earlier are done, and
+    only results wait for these. The buffer of operands that were used for the last time is taken again, once the
+    kernels that read it are done: a ring has two, one being computed with, one being filled.
     """
 
-    def __init__(self, plan: Plan, rank: int, group: dist.ProcessGroup | None, like: Tensor, backward: bool) -> None:
-        if plan.world > 1 and group is None:
+    def __init__(
+        self, plan: Plan, rank: int, groups: Mapping[str, dist.ProcessGroup] | None, like: Tensor, backward: bool
+    ) -> None:
+        if plan.world > 1 and groups is None:
             raise ValueError(f"a plan for {plan.world} ranks needs the process group of these ranks")
-        self.plan, self.rank, self.group, self.backward = plan, rank, group, backward
+        self.plan, self.rank, self.groups, self.backward = plan, rank, groups or {}, backward
         self.batch, self.head_dim, self.device = like.shape[0], like.shape[3], like.device
         self.dtypes = {False: like.dtype, True: accumulation_dtype(like.dtype)}
         self.bytes_sent = 0
+        self._stream = SideStream(like.device)
+        self._stream.follow()  # the rank's own tensors are being made
         self._arriving: dict[int, list[tuple[list[Move], Tensor]]] = defaultdict(list)
         self._works: dict[int, list[dist.Work]] = defaultdict(list)
         self._sent: dict[int, list[Tensor]] = defaultdict(list)
+        self._payloads: list[Tensor] = []
+        self._holder: dict[int, Tensor] = {}  # of each foreign operand here, the buffer
+        self._free: dict[int, list[tuple[Tensor, torch.cuda.Event | None]]] = defaultdict(list)
 
     def send(self, outgoing: list[tuple[Move, tuple[Tensor, ...]]], incoming: list[Move]) -> None:
         """Posts all transfers that start at one stage; returns at once."""
-        operations: dict[int, list[dist.P2POp]] = defaultdict(list)
-        for (peer, stop), bundle in _bundles(outgoing, lambda item: (item[0].dst, item[0].stop)).items():
-            message = torch.cat([piece for move, tensors in bundle for piece in self._packed(move, tensors)])
-            self.bytes_sent += message.numel()
-            self._sent[stop].append(message)
-            operations[stop].append(dist.P2POp(dist.isend, message, self._global(peer), self.group))
-        for (peer, stop), moves in _bundles(incoming, lambda move: (move.src, move.stop)).items():
-            size = sum(self._bytes(shape, dtype) for move in moves for shape, dtype in self._layout(move))
-            message = torch.empty(size, dtype=torch.uint8, device=self.device)
-            self._arriving[stop].append((moves, message))
-            operations[stop].append(dist.P2POp(dist.irecv, message, self._global(peer), self.group))
-        for stop in sorted(operations):
-            self._works[stop] += dist.batch_isend_irecv(operations[stop])
+        sends = _grouped(outgoing, lambda item: _deadline(item[0]))
+        receives = _grouped(incoming, _deadline)
+        with self._stream.active():
+            for deadline in sorted({*sends, *receives}):
+                if deadline.home:
+                    self._stream.follow()
+                group = self.groups[deadline.link]
+                operations = []
+                for peer, bundle in _grouped(sends.get(deadline, []), lambda item: item[0].dst).items():
+                    message = torch.cat([piece for move, tensors in bundle for piece in self._packed(move, tensors)])
+                    self.bytes_sent += message.numel()
+                    self._sent[deadline.stop].append(message)
+                    operations.append(dist.P2POp(dist.isend, message, dist.get_global_rank(group, peer), group))
+                for peer, moves in _grouped(receives.get(deadline, []), lambda move: move.src).items():
+                    size = sum(self._bytes(shape, dtype) for move in moves for shape, dtype in self._layout(move))
+                    message = self._buffer(size)
+                    self._arriving[deadline.stop].append((moves, message))
+                    operations.append(dist.P2POp(dist.irecv, message, dist.get_global_rank(group, peer), group))
+                self._works[deadline.stop] += dist.batch_isend_irecv(operations)
+        # What was given may not be overwritten before the stream has read it.
+        self._payloads += [x for _, tensors in outgoing for x in tensors]
 
     def receive(self, stage: int) -> Iterator[tuple[Move, tuple[Tensor, ...]]]:
-        """Everything whose deadline is this stage, in the plan's order; waits until it is here."""
-        for work in self._works.pop(stage, []):
-            work.wait()
+        """Everything whose deadline is this stage, in the plan's order; kernels launched from now on may read it."""
+        works = self._works.pop(stage, [])
+        if works or self._payloads:
+            with self._stream.active():
+                for work in works:
+                    work.wait()
+            self._stream.lead()
+        self._payloads.clear()
         self._sent.pop(stage, None)
         for moves, message in self._arriving.pop(stage, []):
             at = 0
@@ -64,13 +96,33 @@ class Wire:
                     size = self._bytes(shape, dtype)
                     tensors.append(message[at : at + size].view(dtype).view(shape))
                     at += size
+                if not move.home:
+                    self._holder[move.block] = message
                 yield move, tuple(tensors)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """The operands of these blocks were used for the last time, by kernels that are launched."""
+        for block in blocks:
+            buffer = self._holder.pop(block, None)
+            if buffer is not None and all(other is not buffer for other in self._holder.values()):
+                self._free[buffer.numel()].append((buffer, self._stream.mark()))
+
+    def finish(self) -> None:
+        """All transfers are over for whatever is launched from now on."""
+        self._stream.lead()
+
+    def _buffer(self, size: int) -> Tensor:
+        if self._free[size]:
+            buffer, read = self._free[size].pop(0)
+            self._stream.after(read)
+            return buffer
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _packed(self, move: Move, tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
         for tensor, (shape, dtype) in zip(tensors, self._layout(move), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"{move} carries {tuple(shape)}, got {tuple(tensor.shape)}")
-            yield tensor.to(dtype).reshape(-1).view(torch.uint8)
+            yield tensor.to(dtype).contiguous().view(-1).view(torch.uint8)
 
     def _layout(self, move: Move) -> list[tuple[torch.Size, torch.dtype]]:
         return [
@@ -89,15 +141,14 @@ class Wire:
     def _bytes(shape: torch.Size, dtype: torch.dtype) -> int:
         return shape.numel() * dtype.itemsize
 
-    def _global(self, peer: int) -> int:
-        """Plans count ranks within the context group; torch.distributed addresses peers by their global rank."""
-        assert self.group is not None
-        return dist.get_global_rank(self.group, peer)
+
+def _deadline(move: Move) -> Deadline:
+    return Deadline(move.home, move.link, move.stop)
 
 
-def _bundles(items: Iterable[Item], key: Callable[[Item], tuple[int, int]]) -> dict[tuple[int, int], list[Item]]:
-    """Items with the same (peer, deadline), in the plan's order on both sides, become one message."""
-    bundles: dict[tuple[int, int], list[Item]] = defaultdict(list)
+def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Items with the same key, in the plan's order, which is the same on both sides."""
+    groups: dict[Key, list[Item]] = defaultdict(list)
     for item in items:
-        bundles[key(item)].append(item)
-    return bundles
+        groups[key(item)].append(item)
+    return groups

@@ -1,8 +1,9 @@
-"""Which blocks of rows need which blocks of keys: the geometry under every plan."""
+"""Which rows need which keys: the geometry under every plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,42 @@ def need(order: Order, mask: IntervalMask, q: Sequence[Block], kv: Sequence[Bloc
         hit[inside] = low[at[inside]] < ends[inside]
         needed[row, of_run[hit]] = True
     return needed
+
+
+class Wanted(NamedTuple):
+    """A run of one rank's slots, and the other ranks with rows that see something of it: the same for all its slots."""
+
+    slots: tuple[int, int]
+    ranks: tuple[int, ...]
+
+
+def wanted(order: Order, mask: IntervalMask, rows: Sequence[np.ndarray]) -> list[list[Wanted]]:
+    """By owner, its slots in runs, for the rows of each rank at the positions `rows[rank]`."""
+    bounds = [bound.cpu().numpy() for bound in mask.bounds]
+    seen = [_union(bounds, positions) for positions in rows]
+    low, high = (np.concatenate([pair[side] for pair in seen]) for side in (0, 1))
+    reader = np.repeat(np.arange(order.world), [len(pair[0]) for pair in seen])
+    found = []
+    for owner, positions in enumerate(order.positions):
+        first, stop = np.searchsorted(positions, low), np.searchsorted(positions, high)
+        real = (first < stop) & (reader != owner)
+        edges, at = np.unique(np.concatenate([first[real], stop[real], [0, order.slots]]), return_inverse=True)
+        begins, ends = np.split(at[:-2], 2)
+        readers, of_reader = np.unique(reader[real], return_inverse=True)
+        change = np.zeros((len(readers), len(edges)), np.int32)
+        np.add.at(change, (of_reader, begins), 1)
+        np.add.at(change, (of_reader, ends), -1)
+        reads = change.cumsum(1)[:, :-1] > 0
+        cut = np.flatnonzero((reads[:, 1:] != reads[:, :-1]).any(0)) + 1
+        starts = np.concatenate([[0], cut])
+        stops = np.concatenate([edges[cut], [order.slots]])
+        found.append(
+            [
+                Wanted((int(edges[start]), int(stop)), tuple(readers[reads[:, start]].tolist()))
+                for start, stop in zip(starts, stops)
+            ]
+        )
+    return found
 
 
 def _union(bounds: list[np.ndarray], positions: np.ndarray) -> Intervals:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.oracle import dense_attention, difference, mask_cases, random_qkv
+from support.plan_cases import ORDERS, PlanCase, order_case, plan_cases
 from support.pool import Pool
 
 from farspan.kernels import IntervalMask, accumulation_dtype, attend, attend_backward, masks
 from farspan.parallel import orders, plans
 from farspan.parallel.execute import attention
 from farspan.parallel.plan import Plan, Schedule
+from farspan.parallel.plans import Topology
 from farspan.parallel.prepare import prepare
 from farspan.parallel.verify import verify
 from farspan.parallel.wire import Wire
 
 pytestmark = pytest.mark.distributed
 
-WORLDS = (1, 2, 3, 4, 8)
-HEADS = {1: (6, 2), 2: (4, 1), 3: (4, 2), 4: (6, 2), 8: (6, 3)}
-NAMES = ("ring", "all_gather")
+WORLDS = (1, 2, 3, 4, 6, 8)
+# Query heads that the ranks do not divide, fewer kv heads than ranks, and groups that the shares of heads cut.
+HEADS = {1: (6, 2), 2: (4, 1), 3: (4, 2), 4: (6, 2), 6: (4, 4), 8: (6, 3)}
 
 
 def run_plan(
@@ -50,22 +53,20 @@ def run_plan(
     return [out.detach(), lse, *(x.grad for x in local)], sent
 
 
-def check_case(
-    rank: int, world: int, length: int, case_name: str, order_name: str, plan_names: tuple[str, ...]
-) -> float:
+def check_case(rank: int, world: int, length: int, case_name: str, order_name: str, cases: Sequence[PlanCase]) -> float:
     case = next(case for case in mask_cases(length) if case.name == case_name)
-    heads, order = HEADS[world], orders.build(order_name, length, world, stripe=4)
+    heads, order = HEADS[world], order_case(order_name, length, world)
     whole = random_qkv(length, heads, 4, batch=2)
     expected = dense_attention(*whole[:3], case.allowed, whole[3])
     worst = 0.0
     real = torch.from_numpy(order.real(rank))
-    for name in plan_names:
-        plan = plans.build(name, order, case.mask, heads)
+    for name, topology in cases:
+        plan = plans.build(name, order, case.mask, heads, topology)
         (out, lse, *gradients), sent = run_plan(rank, plan, order, case.mask, whole)
         assert bool((lse[:, :, ~real] == -torch.inf).all())
         pairs = [(out, order.shard(expected[0], rank))]
         pairs += [(lse[:, :, real], order.shard(expected[1], rank, dim=2)[:, :, real])]
-        pairs += [(got, order.shard(wanted, rank)) for got, wanted in zip(gradients, expected[2:])]
+        pairs += [(got, order.shard(wanted, rank)) for got, wanted in zip(gradients, expected[2:], strict=True)]
         worst = max([worst, *(difference(got, wanted) for got, wanted in pairs)])
         report = verify(plan, order, case.mask, head_dim=4, batch=2)
         for direction, count in sent.items():
@@ -73,28 +74,37 @@ def check_case(
     return worst
 
 
-def check_all(rank: int, world: int, length: int, pairs: list[tuple[str, str]]) -> dict[str, float]:
-    names = ("single",) if world == 1 else NAMES
-    return {f"{case} {order}": check_case(rank, world, length, case, order, names) for case, order in pairs}
+def check_all(rank: int, world: int, length: int, triples: list[tuple[str, str, PlanCase]]) -> dict[str, float]:
+    return {
+        f"{mask} {order} {case}": check_case(rank, world, length, mask, order, [case]) for mask, order, case in triples
+    }
 
 
-def _check(pool: Pool, world: int, length: int, pairs: list[tuple[str, str]]) -> None:
-    for errors in pool.run(world, check_all, length, pairs):
-        assert len(errors) == len(pairs)
+def _check(pool: Pool, world: int, length: int, triples: list[tuple[str, str, PlanCase]]) -> None:
+    for errors in pool.run(world, check_all, length, triples):
+        assert len(errors) == len(triples)
         assert {name: error for name, error in errors.items() if not error < 1e-10} == {}
+
+
+def _all(world: int, length: int) -> list[tuple[str, str, PlanCase]]:
+    return list(product([case.name for case in mask_cases(length)], ORDERS, plan_cases(world)))
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_equals_the_dense_oracle_in_fp64(pool: Pool, world: int) -> None:
-    """Every plan x order x mask; 45 divides by none of the world sizes' chunks."""
-    _check(pool, world, 45, list(product([case.name for case in mask_cases(45)], orders.ORDERS)))
+    """Every mask x order, every mask x plan and every order x plan; 45 divides by none of the world sizes' chunks."""
+    masks_, orders_, plans_ = (list(dict.fromkeys(column)) for column in zip(*_all(world, 45)))
+    chosen = [
+        (mask, orders_[(i + j) % len(orders_)], plan) for i, mask in enumerate(masks_) for j, plan in enumerate(plans_)
+    ]
+    _check(pool, world, 45, chosen)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("length", [5, 64, 91])
-def test_equals_the_dense_oracle_at_more_lengths(pool: Pool, world: int, length: int) -> None:
-    _check(pool, world, length, list(product([case.name for case in mask_cases(length)], orders.ORDERS)))
+def test_equals_the_dense_oracle_everywhere(pool: Pool, world: int, length: int) -> None:
+    _check(pool, world, length, _all(world, length))
 
 
 def check_batch_masks(rank: int, world: int) -> float:
@@ -105,10 +115,10 @@ def check_batch_masks(rank: int, world: int) -> float:
     whole = random_qkv(length, heads, 4, batch=2)
     expected = dense_attention(*whole[:3], allowed, whole[3])
     worst = 0.0
-    for order_name, name in product(orders.ORDERS, NAMES):
-        order = orders.build(order_name, length, world, stripe=4)
-        wide = plans.build(name, order, masks.causal(length), heads)  # made for more than the batch sees
-        for plan in (plans.build(name, order, mask, heads), wide):
+    for order_name, (name, topology) in product(ORDERS, plan_cases(world)):
+        order = order_case(order_name, length, world)
+        wide = plans.build(name, order, masks.causal(length), heads, topology)  # made for more than the batch sees
+        for plan in (plans.build(name, order, mask, heads, topology), wide):
             (out, _, *gradients), _ = run_plan(rank, plan, order, mask, whole)
             for got, wanted in zip((out, *gradients), (expected[0], *expected[2:])):
                 worst = max(worst, difference(got, order.shard(wanted, rank)))
@@ -123,7 +133,7 @@ def check_kept(rank: int, world: int) -> float:
     """Keys and values kept from the forward pass need no second journey."""
     length, heads = 45, (4, 2)
     order, mask = orders.zigzag(length, world), masks.causal(length)
-    plan = plans.ring(order, mask, heads)
+    plan = plans.build("ring", order, mask, heads)
     kept = frozenset((move.dst, move.block) for move in plan.forward.moves)
     homeward = Schedule(tuple(m for m in plan.backward.moves if m.home), plan.backward.pieces)
     plan = replace(plan, backward=homeward, kept=kept)
@@ -139,13 +149,13 @@ def test_kept_operands_are_used_again(pool: Pool) -> None:
     assert max(pool.run(4, check_kept)) < 1e-10
 
 
-def bf16_errors(rank: int, world: int, order_name: str, name: str) -> list[float]:
+def bf16_errors(rank: int, world: int, order_name: str, case: PlanCase, wire: Literal["fp32", "bf16"]) -> list[float]:
     """Squared error of out, dq, dk, dv against fp64, summed over the whole row."""
     length, heads = 512, (4, 2)
-    mask, order = masks.causal(length), orders.build(order_name, length, world, stripe=16)
+    mask, order = masks.causal(length), order_case(order_name, length, world)
     whole = random_qkv(length, heads, 16, dtype=torch.bfloat16)
     expected = dense_attention(*whole[:3], mask.visible(slice(0, length), slice(0, length)), whole[3])
-    plan = plans.build(name, order, mask, heads)
+    plan = plans.build(case.plan, order, mask, heads, case.topology, wire)
     (out, _, *gradients), _ = run_plan(rank, plan, order, mask, whole)
     errors = torch.stack(
         [
@@ -157,12 +167,21 @@ def bf16_errors(rank: int, world: int, order_name: str, name: str) -> list[float
     return errors.tolist()
 
 
-def test_bf16_error_does_not_grow_with_the_world(pool: Pool) -> None:
+@pytest.mark.parametrize("case", plan_cases(8), ids=str)
+def test_bf16_error_does_not_grow_with_the_world(pool: Pool, case: PlanCase) -> None:
     """Partial results and travelling gradients are fp32, so only the last rounding to bf16 remains."""
-    alone = pool.run(1, bf16_errors, "contiguous", "single")[0]
-    for world, (order_name, name) in zip((2, 4, 8, 8), product(("zigzag", "striped"), NAMES)):
-        for one, many in zip(alone, pool.run(world, bf16_errors, order_name, name)[0]):
-            assert many**0.5 <= 1.02 * one**0.5, (world, order_name, name)
+    alone = pool.run(1, bf16_errors, "contiguous", PlanCase("single"), "fp32")[0]
+    for order in ("zigzag", "two_class"):
+        for one, many in zip(alone, pool.run(8, bf16_errors, order, case, "fp32")[0], strict=True):
+            assert many**0.5 <= 1.02 * one**0.5, order
+
+
+def test_a_narrow_wire_for_gradients_costs_what_it_says(pool: Pool) -> None:
+    """bf16 rounds a travelling sum at every hop, and only gradients of keys and values travel in a ring."""
+    wide, narrow = (pool.run(8, bf16_errors, "zigzag", PlanCase("ring"), wire)[0] for wire in ("fp32", "bf16"))
+    assert narrow[:2] == wide[:2]
+    for one, many in zip(wide[2:], narrow[2:], strict=True):
+        assert 1.2 * one**0.5 < many**0.5 < 4 * one**0.5
 
 
 def heads_probe(rank: int, world: int) -> float:
@@ -174,7 +193,7 @@ def heads_probe(rank: int, world: int) -> float:
     begin[0, 30], end[0, 30] = 5, 6
     mask = IntervalMask(begin, end, nothing, nothing)
     whole = random_qkv(length, heads, 4)
-    plan = plans.ring(order, mask, heads)
+    plan = plans.build("ring", order, mask, heads)
     (out, _, _, _, dv), _ = run_plan(rank, plan, order, mask, whole)
     holds = order.positions[rank] == 5
     expected = torch.zeros_like(dv)
@@ -195,7 +214,7 @@ def test_one_rank_equals_the_kernel_itself() -> None:
     order = orders.contiguous(length, 1)
     q, k, v, dout = random_qkv(length, heads, 8, dtype=torch.float32)
     local = [x.clone().requires_grad_() for x in (q, k, v)]
-    out, lse = attention(*local, prepare(plans.single(order, mask, heads), order, mask, 0), None)
+    out, lse = attention(*local, prepare(plans.build("single", order, mask, heads), order, mask, 0), None)
     out.backward(dout)
     expected = attend(q, k, v, mask)
     assert difference(out, expected[0]) < 1e-6
@@ -209,5 +228,11 @@ def test_single_refuses_a_shared_row() -> None:
     order = orders.zigzag(16, 2)
     with pytest.raises(ValueError, match=r"parallel.context is 2; take 'ring'"):
         plans.build("single", order, masks.causal(16), (2, 2))
-    with pytest.raises(ValueError, match=r"parallel.plan is 'star'; possible are single, ring, all_gather"):
-        plans.build("star", order, masks.causal(16), (2, 2))
+    with pytest.raises(ValueError, match=r"parallel.plan is 'round'; possible are single, ring, hierarchical_ring"):
+        plans.build("round", order, masks.causal(16), (2, 2))
+    with pytest.raises(
+        ValueError, match=r"usp divides 2 ranks by parallel.ulysses, which is not given; possible are 1, 2"
+    ):
+        plans.build("usp", order, masks.causal(16), (2, 2))
+    with pytest.raises(ValueError, match=r"by parallel.inner, which is 3; possible are 1, 2"):
+        plans.build("hierarchical_ring", order, masks.causal(16), (2, 2), Topology(inner=3))
