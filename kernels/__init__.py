@@ -5,6 +5,7 @@ from farspan.kernels.attend import attend, attend_backward, row_delta
 from farspan.kernels.backends import BACKENDS
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype, merge, merge_into
+from farspan.kernels.transfer import to_device
 
 __all__ = [
     "BACKENDS",
@@ -16,4 +17,5 @@ __all__ = [
     "merge",
     "merge_into",
     "row_delta",
+    "to_device",
 ]

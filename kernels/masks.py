@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farspan.kernels.transfer import to_device
+
 Kind = Literal["empty", "full", "causal", "general"]
 Positions = Tensor | np.ndarray | Sequence[int]
 
@@ -68,7 +70,7 @@ class IntervalMask:
         return self.begin.device
 
     def to(self, device: torch.device | str) -> IntervalMask:
-        return IntervalMask(*(bound.to(device) for bound in self.bounds))
+        return IntervalMask(*(to_device(bound, device) for bound in self.bounds))
 
     def area(self) -> int:
         """Number of visible (row, key) pairs, summed over the batch."""
@@ -78,19 +80,30 @@ class IntervalMask:
         )
 
     def at(self, q_positions: Positions, k_positions: Positions) -> IntervalMask:
-        """The mask of one rectangle, its keys counted in slots: one binary search per bound.
+        """The mask of one rectangle, its keys counted in slots: one binary search per bound, or for a run of keys none.
 
         `q_positions` `[rows]` in any order; those at or past `self.rows` are padding and see nothing. `k_positions`
         `[keys]` must ascend (ValueError), which every order and every piece keeps.
         """
-        q = torch.as_tensor(q_positions, device=self.device)
-        k = torch.as_tensor(k_positions, device=self.device).contiguous().to(torch.int32)
+        return IntervalMask(*self._key_slots(self._bounds_of(q_positions), k_positions))
+
+    def _bounds_of(self, positions: Positions) -> list[Tensor]:
+        run = _run(positions)
+        if run is not None and run[1] <= self.rows:
+            return [bound[:, slice(*run)] for bound in self.bounds]
+        q = torch.as_tensor(positions, device=self.device)
+        outside, rows = q >= self.rows, q.clamp(max=self.rows - 1)
+        return [torch.where(outside, bound.new_zeros(()), bound[:, rows]) for bound in self.bounds]
+
+    def _key_slots(self, bounds: list[Tensor], positions: Positions) -> list[Tensor]:
+        run = _run(positions)
+        if run is not None:
+            first, stop = run
+            return [bound.clamp(first, stop) - first for bound in bounds]
+        k = torch.as_tensor(positions, device=self.device).contiguous().to(torch.int32)
         if k.numel() > 1 and not bool((k[1:] > k[:-1]).all()):
             raise ValueError("key positions of a piece must ascend")
-        outside = q >= self.rows
-        rows = q.clamp(max=self.rows - 1)
-        cut = (torch.where(outside, bound.new_zeros(()), bound[:, rows]).contiguous() for bound in self.bounds)
-        return IntervalMask(*(torch.searchsorted(k, bound, out_int32=True) for bound in cut))
+        return [torch.searchsorted(k, bound.contiguous(), out_int32=True) for bound in bounds]
 
     def kind(self, n_keys: int) -> Kind:
         """What a library kernel would call this mask over `n_keys` keys.
@@ -126,6 +139,16 @@ class IntervalMask:
         x = torch.arange(keys.start, keys.stop, device=self.device, dtype=torch.int32)
         begin, end, anchor_begin, anchor_end = (bound[:, rows, None] for bound in self.bounds)
         return ((x >= begin) & (x < end)) | ((x >= anchor_begin) & (x < anchor_end))
+
+
+def _run(positions: Positions) -> tuple[int, int] | None:
+    """Consecutive positions as (first, behind the last); None for others, and for those on a GPU, which would wait."""
+    if isinstance(positions, Tensor) and positions.device.type != "cpu":
+        return None
+    array = np.asarray(positions)
+    if not len(array) or array[-1] - array[0] != len(array) - 1 or (np.diff(array) != 1).any():
+        return None
+    return int(array[0]), int(array[-1]) + 1
 
 
 def stack(masks: Iterable[IntervalMask]) -> IntervalMask:

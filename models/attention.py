@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from farspan.models.config import ModelConfig
 from farspan.models.layers import RMSNorm, Sharding, column_linear, row_linear
 from farspan.models.rotary import Rotation
-from farspan.parallel.execute import LayerMemory, attention
+from farspan.parallel.execute import Groups, LayerMemory, attention
 from farspan.parallel.prepare import PreparedPlan
 
 
@@ -22,7 +21,7 @@ class AttentionContext:
     """
 
     plan: PreparedPlan
-    group: dist.ProcessGroup | None
+    group: Groups
     rotation: Rotation
     backend: str = "auto"
     memory: LayerMemory | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from farspan.models.layers import FeedForward, RMSNorm, Sharding, column_linear
 from farspan.models.loss import VocabularyLoss
 from farspan.models.recompute import Recomputation
 from farspan.models.rotary import inverse_frequencies, rotation
+from farspan.parallel.execute import Groups
 from farspan.parallel.prepare import PreparedPlan
 
 
@@ -29,7 +29,7 @@ class DecoderInput:
     labels: Tensor
     rotary_positions: Tensor
     plan: PreparedPlan
-    group: dist.ProcessGroup | None
+    group: Groups
 
 
 class Layer(nn.Module):

@@ -16,6 +16,9 @@ from farspan.parallel.plan import LINKS, Block, Move, Side
 from farspan.parallel.prepare import Joined, PreparedPiece, PreparedPlan, PreparedStage, Rows, slot_dim
 from farspan.parallel.wire import Wire
 
+Groups = dist.ProcessGroup | Mapping[str, dist.ProcessGroup] | None
+"""The context group, or a group for each of `LINKS`, all of the same ranks; None when a plan is for one rank."""
+
 
 class LayerMemory(Protocol):
     """Tensors, by name, kept from a layer's forward pass until it is computed again; what is taken is held no more."""
@@ -30,7 +33,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     prepared: PreparedPlan,
-    group: dist.ProcessGroup | Mapping[str, dist.ProcessGroup] | None,
+    group: Groups,
     *,
     scale: float | None = None,
     backend: str = "auto",
@@ -41,8 +44,7 @@ def attention(
     Args:
         q, k, v: this rank's slots, `[B, slots, H or Hkv, D]`; padding slots may hold anything.
         prepared: `prepare(plan, ...)` for this rank and batch.
-        group: the context group, or a group for each link of the plan's moves, all of the same ranks, so that
-            transfers on one link do not wait for those on another; None when the plan is for one rank.
+        group: of the ranks that share the row. Transfers on one of several do not wait for those on another.
         memory: where the results are put, and taken from when the same call is made again to recompute its layer:
             then nothing is sent and no kernel runs.
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from farspan.parallel.degrees import Degrees, MeshError
+from farspan.parallel.plan import LINKS
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +18,8 @@ class Mesh:
 
     `batch`: who reads different data. `loss`: data x context, over which loss and gradients are summed. `shard`: who
     shares optimizer state (the same ranks as `loss`). `context`: who shares a sequence. `tensor`: who shares layers.
-    `control`: all ranks, on gloo, for agreements between hosts that must not touch a GPU.
+    `control`: all ranks, on gloo, for agreements between hosts that must not touch a GPU. `links`: for each link of a
+    plan's moves the group that carries them; all are of the context ranks.
     """
 
     degrees: Degrees
@@ -28,10 +30,14 @@ class Mesh:
     context: dist.ProcessGroup
     tensor: dist.ProcessGroup
     control: dist.ProcessGroup
+    links: dict[str, dist.ProcessGroup]
 
     @classmethod
-    def create(cls, degrees: Degrees, device: torch.device) -> Mesh:
-        """Collective over all ranks of the default process group, which must exist."""
+    def create(cls, degrees: Degrees, device: torch.device, outer_link: bool = False) -> Mesh:
+        """Collective over all ranks of the default process group, which must exist.
+
+        With `outer_link`, hops between nodes have a communicator of their own: on one they would queue with inner hops.
+        """
         if dist.get_world_size() != degrees.world:
             raise MeshError(
                 f"{degrees} is a mesh of {degrees.world} processes, but {dist.get_world_size()} were started"
@@ -42,18 +48,21 @@ class Mesh:
             create_gloo_process_groups=False,
         )
         loss = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        context = parallel_state.get_context_parallel_group()
+        outer = _twin(context) if outer_link else context
         mesh = cls(
             degrees=degrees,
             device=device,
             batch=parallel_state.get_data_parallel_group(with_context_parallel=False),
             loss=loss,
             shard=loss,
-            context=parallel_state.get_context_parallel_group(),
+            context=context,
             tensor=parallel_state.get_tensor_model_parallel_group(),
             control=dist.new_group(backend="gloo"),
+            links=dict.fromkeys(LINKS, context) | {"outer": outer},
         )
         # A communicator is made at its first collective, in which all its ranks must take part; two alone would hang.
-        for group in (mesh.loss, mesh.context, mesh.tensor):
+        for group in (mesh.loss, mesh.context, outer, mesh.tensor):
             dist.all_reduce(torch.zeros(1, device=device), group=group)
         return mesh
 
@@ -72,3 +81,12 @@ class Mesh:
     def destroy(self) -> None:
         """Forgets the groups, so that another mesh can be made in this process."""
         parallel_state.destroy_model_parallel()
+
+
+def _twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Another group of the same ranks; all ranks make all of these, in one order."""
+    mine = dist.get_process_group_ranks(group)
+    everyones: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    twins = {tuple(ranks): dist.new_group(ranks) for ranks in sorted({tuple(ranks) for ranks in everyones})}
+    return twins[tuple(mine)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.kernels import IntervalMask
+from farspan.kernels import IntervalMask, to_device
 from farspan.parallel.orders import Order
 from farspan.parallel.plan import Block, Move, Piece, Plan, Schedule
 
@@ -163,7 +163,7 @@ def _piece(
     if piece_mask.kind(len(k_positions)) == "empty":
         return None
     run = slots[-1] - slots[0] == len(slots) - 1
-    at = slice(int(slots[0]), int(slots[-1]) + 1) if run else torch.from_numpy(slots).to(device)
+    at = slice(int(slots[0]), int(slots[-1]) + 1) if run else to_device(torch.from_numpy(slots), device)
     return PreparedPiece(Rows(frame, at), _joined(keys, plan, order, rank, device), piece_mask.to(device))
 
 
@@ -190,7 +190,9 @@ def _joined(blocks: Sequence[int], plan: Plan, order: Order, rank: int, device: 
     if permutation is None and adjacent and all(atom.owner == rank for atom in atoms):
         span = Block(atoms[0].side, rank, (atoms[0].slots[0], atoms[-1].slots[1]), atoms[0].heads)
         return Joined(tuple(blocks), sizes, span, None)
-    return Joined(tuple(blocks), sizes, None, None if permutation is None else torch.from_numpy(permutation).to(device))
+    return Joined(
+        tuple(blocks), sizes, None, None if permutation is None else to_device(torch.from_numpy(permutation), device)
+    )
 
 
 def _stages(

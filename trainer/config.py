@@ -14,7 +14,7 @@ from farspan.kernels import BACKENDS
 from farspan.models.config import ModelConfig, RecomputeMode
 from farspan.parallel.cluster import load_cluster
 from farspan.parallel.orders import ORDERS
-from farspan.parallel.plans import PLANS
+from farspan.parallel.plans import PLANS, Topology
 
 
 class ConfigError(ValueError):
@@ -92,6 +92,12 @@ class ParallelSection(_Section):
     """Ranks that share every layer."""
     sequence_parallel: bool = False
     """Divide tokens over the tensor ranks outside attention and feed-forward; needs CUDA."""
+    inner: int | None = Field(None, gt=0)
+    """Ranks of an inner ring, such as those of a node over `ulysses`: for plans hierarchical_ring and usp."""
+    ulysses: int | None = Field(None, gt=0)
+    """Ranks that exchange heads, the nearest ones: for plan usp."""
+    gradient_wire: Literal["fp32", "bf16"] = "fp32"
+    """What partial gradients of keys and values travel in; bf16 halves these bytes and rounds at every hop."""
     plan: str = "ring"
     """How attention over a shared sequence is carried out; `auto` is what the time model expects to be the fastest on
     `cluster`, for the first rows of the text."""
@@ -101,6 +107,10 @@ class ParallelSection(_Section):
     """Tokens of one stripe of the striped order."""
     zero_stage: int = Field(1, ge=0, le=3)
     """What DeepSpeed shards over data x context ranks: nothing, optimizer state, also gradients, also weights."""
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.inner, self.ulysses)
 
 
 class AttentionSection(_Section):
@@ -203,6 +213,8 @@ class RunConfig(_Section):
                 f"parallel.plan single keeps a sequence on one rank, but parallel.context is {self.parallel.context}; "
                 "set parallel.plan to ring or all_gather"
             )
+        if self.parallel.plan not in ("single", "auto"):
+            self.parallel.topology.degrees(self.parallel.plan, self.parallel.context)
         if self.train.dtype == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(
                 "train.dtype bf16 needs parallel.zero_stage 1 or more (DeepSpeed's bf16 optimizer takes a step that "

@@ -14,13 +14,13 @@ import torch
 from farspan.kernels import rates
 from farspan.kernels.backends import REGISTRY
 from farspan.kernels.problem import Problem
-from farspan.parallel import orders, plans
+from farspan.parallel import orders
 from farspan.parallel.degrees import Degrees, MeshError
 from farspan.parallel.prepare import prepare
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem, describe_backends
 from farspan.trainer.first_rows import first_mask
-from farspan.trainer.plan_choice import plan_name
+from farspan.trainer.plan_choice import build_plan, plan_name
 
 Report = Callable[[str], None]
 Capability = tuple[int, int]
@@ -100,7 +100,7 @@ def _describe_batch(config: RunConfig, processes: int, tensors: Problem, report:
     mask, rows = first_mask(config, order, degrees.data)
     report(f"{'batch':<14}{rows}")
     name, _ = plan_name(config, order, lambda: mask)
-    plan = plans.build(name, order, mask, (tensors.heads, tensors.kv_heads))
+    plan = build_plan(config, name, order, mask)
 
     ranks = sorted({i * (order.world - 1) // (_RANKS - 1) for i in range(_RANKS)})
     named = f"context rank {', '.join(map(str, ranks))} of {order.world}"

@@ -12,16 +12,16 @@ from farspan.data.batch import Batch, make_batch
 from farspan.data.corpus import Corpus
 from farspan.data.prepared import Prepared
 from farspan.data.rows import IGNORED, Row, Rows
-from farspan.kernels import IntervalMask
+from farspan.kernels import IntervalMask, to_device
 from farspan.models.config import ModelConfig
 from farspan.models.decoder import DecoderInput
-from farspan.parallel import orders, plans
+from farspan.parallel import orders
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.prepare import prepare
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.config import RunConfig
 from farspan.trainer.first_rows import step_rows
-from farspan.trainer.plan_choice import plan_name
+from farspan.trainer.plan_choice import build_plan, plan_name
 
 
 class Feed:
@@ -29,18 +29,25 @@ class Feed:
 
     def __init__(self, config: RunConfig, model: ModelConfig, prepared: Prepared, mesh: Mesh) -> None:
         train, parallel = config.train, config.parallel
-        self.mesh = mesh
+        self.mesh, self.config = mesh, config
         self.across_documents = config.attention.across_documents
-        self.heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
         self.order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
         self.steps = step_rows(config, prepared, mesh.degrees.data)
         self.plan_name, self.plan_reason = plan_name(config, self.order, self._first_mask)
         heldout = Rows(Corpus(prepared, "heldout"), train.sequence_length, config.run.seed)
         self.heldout = heldout
         self.heldout_rows = min(config.eval.rows, len(heldout))
+        self._ahead: tuple[int, list[Batch], DecoderInput] | None = None
+
+    def look_ahead(self, step: int) -> None:
+        """Makes a step's micro-batches, and the decoder's input of the first, while the device has something to do."""
+        batches = self.training_batches(step)
+        self._ahead = step, batches, self.decoder_input(batches[0])
 
     def training_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimizer step (from 0)."""
+        if self._ahead is not None and self._ahead[0] == step:
+            return self._ahead[1]
         batches = []
         for micro_batch in range(self.steps.micro_batches):
             samples = self.steps.samples(step, micro_batch, self.mesh.data_rank)
@@ -58,13 +65,13 @@ class Feed:
             batches.append(self._batch([row], [index]))
         return batches
 
-    def verify_plan(self) -> str:
-        """Collective: checks the plan of the first batch, and that all context ranks made the same one; its digest.
+    def verify_plan(self, step: int) -> str:
+        """Collective: checks the plan of a step's first batch, and that all context ranks made the same; its digest.
 
         PlanError when either is not so: carried out, such a plan would train on wrong attention or hang.
         """
-        batch = self.training_batches(0)[0]
-        plan = plans.build(self.plan_name, batch.order, batch.mask, self.heads)
+        batch = self.training_batches(step)[0]
+        plan = self.decoder_input(batch).plan.plan
         verify(plan, batch.order, batch.mask)
         digests: list[str] = [""] * self.mesh.degrees.context
         dist.all_gather_object(digests, plan.digest(), group=self.mesh.context)
@@ -74,14 +81,16 @@ class Feed:
 
     def decoder_input(self, batch: Batch) -> DecoderInput:
         """Moves a batch to the device, with the plan that all ranks of the context group derive alike from its mask."""
-        plan = plans.build(self.plan_name, batch.order, batch.mask, self.heads)
+        if self._ahead is not None and self._ahead[1][0] is batch:
+            return self._ahead[2]
+        plan = build_plan(self.config, self.plan_name, batch.order, batch.mask)
         device = self.mesh.device
         return DecoderInput(
-            tokens=batch.tokens.to(device),
-            labels=batch.labels.to(device),
-            rotary_positions=batch.rotary_positions.to(device),
+            tokens=to_device(batch.tokens, device),
+            labels=to_device(batch.labels, device),
+            rotary_positions=to_device(batch.rotary_positions, device),
             plan=prepare(plan, batch.order, batch.mask, self.mesh.context_rank, device),
-            group=self.mesh.context,
+            group=self.mesh.links,
         )
 
     def _first_mask(self) -> IntervalMask:

@@ -21,6 +21,13 @@ from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem
 
 
+def build_plan(config: RunConfig, name: str, order: Order, mask: IntervalMask) -> Plan:
+    """The plan called `name` for one tensor rank's heads."""
+    parallel, model = config.parallel, config.model
+    heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
+    return plans.build(name, order, mask, heads, parallel.topology, parallel.gradient_wire)
+
+
 def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask]) -> tuple[str, str | None]:
     """`parallel.plan`; for `auto` the plan chosen for a mask, and one line that says why.
 
@@ -84,9 +91,8 @@ def predict_attention(
 
 def _legal(config: RunConfig, order: Order, mask: IntervalMask) -> Iterator[Plan]:
     """All plans that can be made of this order and mask, in the order of `PLANS`."""
-    heads = (config.model.heads // config.parallel.tensor, config.model.kv_heads // config.parallel.tensor)
     for name in plans.PLANS:
         try:
-            yield plans.build(name, order, mask, heads)
+            yield build_plan(config, name, order, mask)
         except ValueError:  # says what stands in the way of this plan, and others are asked for
             continue

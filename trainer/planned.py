@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from farspan.kernels import masks
-from farspan.parallel import orders, plans
+from farspan.parallel import orders
 from farspan.parallel.cluster import Cluster, load_cluster
 from farspan.parallel.degrees import Degrees, MeshError
 from farspan.parallel.orders import Order
@@ -14,7 +14,7 @@ from farspan.parallel.report import Report
 from farspan.parallel.verify import verify
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.first_rows import first_mask
-from farspan.trainer.plan_choice import plan_name
+from farspan.trainer.plan_choice import build_plan, plan_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +47,11 @@ def plan_of(config: RunConfig, processes: int) -> tuple[Planned, str | None]:
         degrees = Degrees.divide(processes, parallel.context, parallel.tensor)
     except MeshError as error:
         raise ConfigError(str(error)) from error
-    heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
     order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
     mask = masks.causal(train.sequence_length)
     first, rows = first_mask(config, order, degrees.data) if parallel.plan == "auto" else (mask, "")
     name, reason = plan_name(config, order, lambda: first)
-    plan = plans.build(name, order, mask, heads)
+    plan = build_plan(config, name, order, mask)
     found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
     return Planned(
         config, load_cluster(config.cluster), degrees, order, plan, found

@@ -19,7 +19,9 @@ from farspan.trainer.metrics import MetricsFile
 from farspan.trainer.preflight import Preflight
 
 
-def describe_start(config: RunConfig, preflight: Preflight, feed: Feed, report: Callable[[str], None]) -> None:
+def describe_start(
+    config: RunConfig, preflight: Preflight, feed: Feed, step: int, report: Callable[[str], None]
+) -> None:
     train, parallel = config.train, config.parallel
     report(
         f"model {config.model.preset or 'of the configuration'}: {preflight.model.parameters():,} parameters | "
@@ -33,12 +35,12 @@ def describe_start(config: RunConfig, preflight: Preflight, feed: Feed, report: 
         f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents, "
         f"{len(feed.steps.rows):,} rows | held out: {feed.heldout_rows} rows"
     )
-    report(f"attention of the first batch: {_backends(config, feed)}")
+    report(f"attention of the first batch: {_backends(config, feed, step)}")
 
 
-def _backends(config: RunConfig, feed: Feed) -> str:
+def _backends(config: RunConfig, feed: Feed, step: int) -> str:
     """Who computes the pieces of this rank, in one line."""
-    prepared = feed.decoder_input(feed.training_batches(0)[0]).plan
+    prepared = feed.decoder_input(feed.training_batches(step)[0]).plan
     tensors = attention_problem(config, capability(feed.mesh.device))
     lines = describe_backends([prepared], tensors, config.attention.backend)
     more = f"; {len(lines) - 4} other kinds, see farspan doctor" if len(lines) > 4 else ""

@@ -47,7 +47,7 @@ def run(config: RunConfig, resume: bool = True) -> None:
     device = _start_process_group()
     # Handlers only now: a rank that waits for others, one of which was refused the lock, must end on SIGTERM.
     with StopRequest() as stop:
-        mesh = Mesh.create(preflight.degrees, device)
+        mesh = Mesh.create(preflight.degrees, device, outer_link=config.parallel.inner is not None)
         try:
             train_on(mesh, config, preflight, stop, resume, _reporter(rank))
         finally:
@@ -83,8 +83,10 @@ def train_on(
     if found is not None:
         state.resume(trainer, found)
         report(f"resumed from {found.path} at step {found.step}")
-    describe_start(config, preflight, feed, report)
-    report(f"plan of the first batch verified: digest {feed.verify_plan()}")
+    if not trainer.last_step:
+        feed.look_ahead(trainer.step)
+    describe_start(config, preflight, feed, trainer.step, report)
+    report(f"plan of the first batch verified: digest {feed.verify_plan(trainer.step)}")
     trainer.train(stop)
     if recording is not None:
         recording.close()

@@ -93,6 +93,8 @@ class Trainer:
             local_sum = self.engine.forward(self.feed.decoder_input(batch))
             self.engine.backward(law.objective(local_sum), last=number == len(batches))
             total += local_sum.detach()
+        if not self.last_step:
+            self.feed.look_ahead(self.step)
         rate = learning_rate(self.config.optimizer, self.step, train.steps)
         loss, norm = law.mean(total), self.engine.step(rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):

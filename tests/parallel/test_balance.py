@@ -28,12 +28,12 @@ def test_bytes_by_link_add_up() -> None:
     moves = [replace(m, link="outer" if m.src // 2 != m.dst // 2 else "inner") for m in plan.backward.moves]
     plan = replace(plan, backward=Schedule(tuple(moves), plan.backward.pieces))
     report = verify(plan, order, mask, head_dim=8)
-    assert report.links == ("context", "inner", "outer")
+    assert report.links == ("inner", "outer")
     whole, inner, outer = (np.array(report.bytes_sent("backward", 2, 4, link)) for link in (None, "inner", "outer"))
     np.testing.assert_array_equal(inner + outer, whole)
     assert inner[0] > 0
     assert inner[1] == outer[0] == 0  # rank 0 sends inside its node, rank 1 to the other one
-    assert report.bytes_sent("backward", 2, 4, "context") == [0] * 4
+    assert report.bytes_sent("forward", 2, 4, "outer") == [0] * 4
     assert report.moves("backward", "inner") + report.moves("backward", "outer") == len(moves)
     assert report.bytes_by_stage("backward", 2, 4).sum(1).tolist() == whole.tolist()
 

@@ -20,7 +20,7 @@ HOPPER = Problem(1, 0, 0, 0, 128, 128, torch.bfloat16, (9, 0))
 def test_one_rank_takes_what_its_rate_says(direction: Direction) -> None:
     length = 32768
     order, mask = orders.contiguous(length, 1), masks.causal(length)
-    plan = plans.single(order, mask, (32, 8))
+    plan = plans.build("single", order, mask, (32, 8))
     visible = verify(plan, order, mask).visible
     seconds = compute_seconds(plan, direction, order, visible, HOPPER, "triton")
     rate = of_capability((9, 0)).rate("triton", "causal", direction == "backward", length, 128)

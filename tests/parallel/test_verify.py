@@ -1,33 +1,84 @@
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
+import numpy as np
 import pytest
 from support.oracle import mask_cases
+from support.plan_cases import ORDERS, order_case, plan_cases
 
 from farspan.kernels import IntervalMask, masks
 from farspan.parallel import orders, plans
 from farspan.parallel.plan import Move, Piece, Plan, Schedule
+from farspan.parallel.plans import Topology
 from farspan.parallel.verify import PlanError, verify
 
-WORLDS = (1, 2, 3, 4, 8)
+WORLDS = (1, 2, 3, 4, 6, 8)
 
 
 def _order(name: str, length: int, world: int) -> orders.Order:
     return orders.build(name, length, world, stripe=4)
 
 
-@pytest.mark.parametrize("name", orders.ORDERS)
+def _check_all(world: int, order_names: Sequence[str], length: int, heads: tuple[int, int]) -> None:
+    for order_name in order_names:
+        order = order_case(order_name, length, world)
+        for case, (name, topology) in product(mask_cases(length), plan_cases(world)):
+            report = verify(plans.build(name, order, case.mask, heads, topology), order, case.mask)
+            assert report.pairs == int(case.allowed.sum()), (case.name, name, topology)
+            assert report.work["forward"].sum() == report.work["backward"].sum() == report.pairs * heads[0]
+
+
 @pytest.mark.parametrize("world", WORLDS)
-def test_every_plan_of_every_mask_is_right(name: str, world: int) -> None:
-    for length in (45, 64):
-        order = _order(name, length, world)
-        for case in mask_cases(length):
-            for plan_name in ("single",) if world == 1 else ("ring", "all_gather"):
-                plan = plans.build(plan_name, order, case.mask, (6, 2))
-                report = verify(plan, order, case.mask)
-                assert report.pairs == int(case.allowed.sum()), (case.name, plan_name)
-                assert sum(report.pairs_by_rank) == report.pairs
+def test_every_plan_of_every_mask_and_order_is_right(world: int) -> None:
+    for length, heads in ((45, (6, 2)), (64, (5, 1))):
+        _check_all(world, ORDERS, length, heads)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("order_name", ORDERS)
+@pytest.mark.parametrize("world", [12, 16, 32, 64])
+def test_every_plan_is_right_up_to_64_ranks(world: int, order_name: str) -> None:
+    for length, heads in ((45, (8, 4)), (193, (12, 3))):
+        _check_all(world, [order_name], length, heads)
+
+
+def test_each_row_of_keys_crosses_into_a_node_once() -> None:
+    """Hierarchical ring, 4 nodes of 4: a block makes 3 outer hops and 3 inner ones in each node, whoever owns it."""
+    order, mask = orders.zigzag(16 * 8, 16), masks.full(16 * 8)
+    plan = plans.build("hierarchical_ring", order, mask, (4, 2), Topology(inner=4))
+    hops = Counter((move.link, move.block) for move in plan.forward.moves)
+    blocks = [index for index, block in enumerate(plan.blocks) if block.side == "kv"]
+    assert {hops["outer", block] for block in blocks} == {3}
+    assert {hops["inner", block] for block in blocks} == {4 * 3}
+    crossings = [move for move in plan.forward.moves if move.src // 4 != move.dst // 4]
+    assert all(move.link == "outer" and move.stop - move.start == 4 for move in crossings)
+    assert max(Counter((move.block, move.dst // 4) for move in crossings).values()) == 1
+    # Gradients: an inner round in every node, and one sum that goes from node to node and home.
+    home = Counter((move.link, move.block) for move in plan.backward.moves if move.home)
+    assert {home["outer", block] for block in blocks} == {3}
+    assert {home["inner", block] for block in blocks} == {4 * 3}
+
+
+def test_star_sends_the_anchor_once_and_nothing_else_of_keys() -> None:
+    world, block = 8, 16
+    length = world * block + 16
+    roaming = np.zeros(length, bool)
+    roaming[-16:] = True
+    mask, order = masks.star(length, block, 8, [world * block]), orders.two_class(roaming, world, block)
+    plan = plans.build("star", order, mask, (4, 2))
+    operands = [move for move in plan.forward.moves if not move.home]
+    anchors = [move for move in operands if plan.blocks[move.block].side == "kv"]
+    assert sorted(move.dst for move in anchors) == list(range(1, world))
+    assert {(plan.blocks[m.block].owner, plan.blocks[m.block].slots) for m in anchors} == {(0, (0, 8))}
+    assert max(Counter(move.src for move in anchors).values()) == 3
+    # Each rank's two roaming rows go to all others, whose partial results come back; their keys stay.
+    assert len(operands) - len(anchors) == world * (world - 1)
+    home = [move for move in plan.backward.moves if move.home and plan.blocks[move.block].side == "kv"]
+    assert sorted(move.src for move in home) == list(range(1, world))
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])

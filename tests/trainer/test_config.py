@@ -90,7 +90,7 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
         (["train.tokens_per_step=3"], "the nearest is 128"),
         (["train.dtype=fp16"], "train.dtype is 'fp16': input should be 'fp32' or 'bf16'"),
         (["parallel.plan=rng"], "parallel.plan is 'rng', did you mean 'ring'?"),
-        (["parallel.plan=rng"], "possible are single, ring, all_gather"),
+        (["parallel.plan=rng"], "possible are single, ring, hierarchical_ring"),
         (["parallel.order=zigzak"], "parallel.order is 'zigzak', did you mean 'zigzag'?"),
         (["parallel.order=zigzak"], "possible are contiguous, zigzag, striped"),
         (

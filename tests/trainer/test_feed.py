@@ -75,6 +75,7 @@ def feed_of(prepared: Prepared, degrees: Degrees, data_rank: int, context_rank: 
         device=torch.device("cpu"),
         batch=Place(data_rank),  # type: ignore[arg-type]
         context=Place(context_rank),  # type: ignore[arg-type]
+        links={},
         **groups,  # type: ignore[arg-type]
     )
     return Feed(RunConfig.model_validate(sections), MODEL, prepared, mesh)
@@ -181,6 +182,6 @@ def test_context_ranks_derive_the_same_plan_of_their_batch(prepared: Prepared, p
             assert batch.plan.rank == rank
             assert batch.plan.plan.name == plan
             assert batch.plan.plan.heads == (4, 2)
-            assert batch.group is feed.mesh.context
+            assert batch.group is feed.mesh.links
             assert batch.tokens.shape == batch.labels.shape == batch.rotary_positions.shape == (2, feed.order.slots)
     assert [len(found) for found in digests] == [1, 1]
