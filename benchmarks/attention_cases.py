@@ -46,7 +46,7 @@ class Case:
         def draw(n_heads: int) -> Tensor:
             return torch.randn(1, length, n_heads, head_dim, dtype=torch.bfloat16, device=device, generator=generator)
 
-        mask, mask_function, window = _mask(mask_name, length, device)
+        mask, mask_function, window = make_mask(mask_name, length, device)
         return cls(
             mask_name, draw(heads), draw(kv_heads), draw(kv_heads), draw(heads), mask.to(device), mask_function, window
         )
@@ -57,7 +57,7 @@ class Case:
         return 4.0 * self.q.shape[3] * self.q.shape[2] * self.mask.area()
 
 
-def _mask(name: str, length: int, device: torch.device) -> tuple[IntervalMask, MaskFunction, int | None]:
+def make_mask(name: str, length: int, device: torch.device) -> tuple[IntervalMask, MaskFunction, int | None]:
     if name == "causal":
         return masks.causal(length), lambda b, h, row, key: key <= row, None
     if name == "full":

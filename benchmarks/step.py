@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from farspan.launch.allocator import SETTINGS
+
 _HERE = Path(__file__).parent
 
 
@@ -55,8 +57,7 @@ def run(side: str, config: Path, lengths: str, steps: int, overrides: list[str],
     before = len(output.read_text().splitlines()) if output.exists() else 0
     command = [sys.executable, str(_HERE / "step_child.py"), side, "--config", str(config)]
     command += ["--lengths", lengths, "--steps", str(steps), "--output", str(output), *overrides]
-    # For both sides alike: otherwise rows of changing lengths leave holes in memory that the next one does not fit.
-    subprocess.run(command, env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ)
+    subprocess.run(command, env={"PYTORCH_CUDA_ALLOC_CONF": SETTINGS} | os.environ)  # for both sides alike
     return [json.loads(line) for line in output.read_text().splitlines()[before:]] if output.exists() else []
 
 

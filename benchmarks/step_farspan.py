@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from step_measure import Split, Stopwatch
+from step_measure import WARM_UP_LENGTH, Split, Stopwatch
 from torch import Tensor
 
 from farspan.models.layers import Sharding
@@ -33,8 +33,14 @@ class Farspan:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = Engine(config, self.mesh, model)
 
-    def steps(self, length: int, count: int, stopwatch: Stopwatch) -> float:
-        row = [f"train.sequence_length={length}", f"train.tokens_per_step={length}", f"train.steps={count}"]
+    def warm_up(self, length: int) -> None:
+        # As many tokens at once as the long row has: what `memory.offload` keeps on the host is then allocated.
+        rows = length // WARM_UP_LENGTH
+        self.steps(WARM_UP_LENGTH, 2, Stopwatch(self.mesh.device), rows)
+
+    def steps(self, length: int, count: int, stopwatch: Stopwatch, rows: int = 1) -> float:
+        row = [f"train.sequence_length={length}", f"train.tokens_per_step={rows * length}", f"train.steps={count}"]
+        row.append(f"train.micro_batch_rows={rows}")
         config = load_config(self.path, self.overrides + row)
         feed = Feed(config, self.preflight.model, self.preflight.prepared, self.mesh)
         laps = _Laps(stopwatch)

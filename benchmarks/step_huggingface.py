@@ -11,7 +11,7 @@ import io
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 
 import torch
-from step_measure import Split, Stopwatch
+from step_measure import WARM_UP_LENGTH, Split, Stopwatch
 from torch import nn
 
 from farspan.data.corpus import Corpus
@@ -64,6 +64,9 @@ class HuggingFace:
                 },
                 dist_init_required=False,
             )
+
+    def warm_up(self, length: int) -> None:
+        self.steps(WARM_UP_LENGTH, 2, Stopwatch(self.device))
 
     def steps(self, length: int, count: int, stopwatch: Stopwatch) -> float:
         rows = Rows(self.corpus, length, self.seed)

@@ -29,6 +29,9 @@ class Trainee(Protocol):
     def steps(self, length: int, count: int, stopwatch: Stopwatch) -> float:
         """Runs optimizer steps over rows of `length` tokens, `stopwatch.lap()` after each; returns the last loss."""
 
+    def warm_up(self, length: int) -> None:
+        """Does once, on short rows, what a first step over `length` tokens would spend time on and no later one."""
+
     def watch(self, split: Split) -> None:
         """Tells `split` which functions are attention, loss and optimizer."""
 
@@ -160,7 +163,10 @@ def measure(trainee: Trainee, length: int, steps: int, device: torch.device) -> 
     Of a row longer than `LONG` one step is run, split and all: recording its events takes no time that shows.
     """
     is_long = length > LONG
-    trainee.steps(WARM_UP_LENGTH if is_long else length, 2 if is_long else 1, Stopwatch(device))
+    if is_long:
+        trainee.warm_up(length)
+    else:
+        trainee.steps(length, 1, Stopwatch(device))
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

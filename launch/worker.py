@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from farspan.launch.allocator import configure_allocator
 from farspan.launch.guard import end_with_parent, report_errors_to_launcher
 
 USER_ERROR = 2
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     end_with_parent(options.parent)
     report_errors_to_launcher()
+    configure_allocator()
     # Imported only now: it takes seconds, in which the launcher may die.
     from farspan.launch.quiet import quiet_libraries
 

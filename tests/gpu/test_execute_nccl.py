@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from support.oracle import dense_attention, mask_cases, random_qkv
+from support.plan_cases import ORDERS, PlanCase, order_case, plan_cases
 
 from farspan.kernels import attend, attend_backward
 from farspan.parallel import orders, plans
@@ -49,16 +50,13 @@ def _errors(rank: int, folder: str) -> None:
     for dtype, case in product((torch.float64, torch.bfloat16), mask_cases(LENGTH)):
         whole = random_qkv(LENGTH, HEADS, DIM, dtype=dtype)
         expected = dense_attention(*whole[:3], case.allowed, whole[3])
-        alone = orders.contiguous(LENGTH, 1)
-        layouts = [("single", alone)] + [
-            (name, orders.build(order, LENGTH, 2, stripe=16))
-            for name, order in product(("ring", "all_gather"), orders.ORDERS)
-        ]
-        for name, order in layouts:
+        layouts = [(PlanCase("single"), orders.contiguous(LENGTH, 1))]
+        layouts += [(plan, order_case(order, LENGTH, 2)) for plan, order in product(plan_cases(2), ORDERS)]
+        for (name, topology), order in layouts:
             mine = 0 if order.world == 1 else rank
             q, k, v, dout = (order.shard(x, mine).cuda() for x in whole)
             local = [x.requires_grad_() for x in (q, k, v)]
-            plan = plans.build(name, order, case.mask, HEADS)
+            plan = plans.build(name, order, case.mask, HEADS, topology)
             group = None if order.world == 1 else dist.group.WORLD
             out, _ = attention(*local, prepare(plan, order, case.mask, mine, "cuda"), group)
             out.backward(dout)
