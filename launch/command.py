@@ -69,6 +69,24 @@ def train(options: argparse.Namespace) -> int:
     )
 
 
+def generate(options: argparse.Namespace) -> int:
+    """Asks the newest checkpoint of a run, on as many processes of this machine as shared a sequence in training."""
+    from farspan.launch import elastic
+    from farspan.launch import generate as worker
+    from farspan.trainer.generate import check
+
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return worker.carry_out_request(options, None)
+    ready = check(worker.request_of(options))
+    return elastic.run_workers(
+        "farspan.launch.generate",
+        [*worker.words_of(options), "--parent", str(os.getpid())],
+        processes=ready.degrees.world,
+        stop_seconds=ready.config.launch.stop_seconds,
+        log_directory=options.run_directory / "logs",
+    )
+
+
 def prepare(options: argparse.Namespace) -> int:
     """Encodes `data.sources` into `data.directory`."""
     from farspan.data.prepare import prepare as prepare_data
@@ -162,7 +180,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may stand anywhere behind the verb, which argparse alone does not allow."""
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
-    unknown = [word for word in others if word.startswith("-") or "config" not in options]
+    unknown = [word for word in others if word.startswith("-") or "overrides" not in options]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides = others
@@ -178,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog = "key=value overrides a key of the file, such as train.steps=10."
         added = verbs.add_parser(name, help=summary, description=summary, usage=usage, epilog=epilog)
         added.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-        added.set_defaults(verb=verb)
+        added.set_defaults(verb=verb, overrides=[])
         return added
 
     training = with_config("train", train, "Train, on this machine's processes or as a torchrun worker.")
@@ -206,7 +224,19 @@ def _parser() -> argparse.ArgumentParser:
     examining.add_argument(
         "--gpu", type=_capability, metavar="sm_90", help="speak of a GPU of this compute capability instead"
     )
-    examining.set_defaults(verb=doctor)
+    examining.set_defaults(verb=doctor, overrides=[])
+
+    from farspan.launch.generate import add_arguments
+
+    asking = verbs.add_parser(
+        "generate",
+        help="Ask the newest checkpoint of a run a question about a long text.",
+        description="The run's context ranks read the text together, then the question, and print the answer.",
+        usage="farspan generate RUN_DIR --prompt-file FILE [--question TEXT] [options] [key=value ...]",
+        epilog="key=value overrides a key of the run's configuration, such as parallel.context=1.",
+    )
+    add_arguments(asking)
+    asking.set_defaults(verb=generate, overrides=[])
 
     checkpoints = verbs.add_parser("checkpoint", help="List or verify checkpoints.")
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")

@@ -1,10 +1,10 @@
-"""One worker process of `farspan train`."""
+"""One worker process: that of `farspan train`, and what all have in common."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from farspan.launch.allocator import configure_allocator
@@ -21,7 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", choices=("auto", "never"), default="auto")
     parser.add_argument("--parent", type=int, help="process id of the launcher, without which this process ends")
     options = parser.parse_args(arguments)
-    end_with_parent(options.parent)
+
+    def work() -> None:
+        from farspan.trainer.config import load_config
+        from farspan.trainer.train import run
+
+        run(load_config(options.config, options.overrides), resume=options.resume == "auto")
+
+    return carry_out(work, options.parent)
+
+
+def carry_out(work: Callable[[], None], parent: int | None) -> int:
+    """The life of a worker: `work` imports what it needs by itself, and later than this module."""
+    end_with_parent(parent)
     report_errors_to_launcher()
     configure_allocator()
     # Imported only now: it takes seconds, in which the launcher may die.
@@ -29,12 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     quiet_libraries()
     from farspan.data.errors import DataError
-    from farspan.trainer.config import ConfigError, load_config
+    from farspan.trainer.config import ConfigError
     from farspan.trainer.run_lock import RunLockedError
-    from farspan.trainer.train import run
 
     try:
-        run(load_config(options.config, options.overrides), resume=options.resume == "auto")
+        work()
     except (ConfigError, DataError, RunLockedError) as error:
         print(f"farspan: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from farspan.kernels import IntervalMask
@@ -85,8 +84,10 @@ class Reader:
     @torch.no_grad()
     def next_logits(self) -> Tensor:
         """Of the token that comes next, `[vocabulary]`."""
-        logits = self.model.norm(self._before()) @ self.model.output_weight.T
-        return gather_from_tensor_model_parallel_region(logits)[0]
+        logits = (self.model.norm(self._before()) @ self.model.output_weight.T)[0]
+        parts = [torch.empty_like(logits) for _ in range(self.mesh.degrees.tensor)]
+        dist.all_gather(parts, logits, group=self.mesh.tensor)
+        return torch.cat(parts)
 
     def decode(
         self, limit: int, temperature: float = 0.0, generator: torch.Generator | None = None, stop: int | None = None

@@ -43,17 +43,11 @@ def check(config: RunConfig, processes: int) -> Preflight:
             prepared.check_tokenizer(config.data.tokenizer)
     except (MeshError, DataError) as error:
         raise ConfigError(str(error)) from error
-    model = _with_vocabulary(config, prepared)
+    model = with_vocabulary(config, prepared)
     _check_rows(config, degrees)
     _check_text(config, prepared)
     if torch.cuda.is_available():
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # torchrun's count for this machine
-        if here > torch.cuda.device_count():
-            raise ConfigError(
-                f"{here} processes on this machine need as many GPUs, but it has {torch.cuda.device_count()}; "
-                "change launch.processes"
-            )
-        check_host_memory(config, degrees, here)
+        check_host_memory(config, degrees, check_devices(processes, "launch.processes"))
     elif config.parallel.sequence_parallel:
         raise ConfigError(
             "parallel.sequence_parallel needs CUDA (Megatron's own operators do); set it to false on a CPU"
@@ -71,7 +65,18 @@ def check(config: RunConfig, processes: int) -> Preflight:
     return Preflight(degrees, model, prepared)
 
 
-def _with_vocabulary(config: RunConfig, prepared: Prepared) -> ModelConfig:
+def check_devices(processes: int, key: str) -> int:
+    """Processes on this machine. ConfigError, naming the key to change, when it has GPUs, but fewer."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # torchrun's count for this machine
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise ConfigError(
+            f"{here} processes on this machine need as many GPUs, but it has {torch.cuda.device_count()}; change {key}"
+        )
+    return here
+
+
+def with_vocabulary(config: RunConfig, prepared: Prepared) -> ModelConfig:
+    """The model with the tokenizer's vocabulary where it says none. ConfigError when the two do not go together."""
     size = config.model.vocabulary_size or prepared.vocabulary_size
     if size < prepared.vocabulary_size:
         raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from farspan.trainer.config import ConfigError, RunConfig, dump_config
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
 from farspan.trainer.preflight import Preflight, check
+from farspan.trainer.process_group import start_process_group
 from farspan.trainer.run_lock import RunLock
 from farspan.trainer.stop import StopRequest
 from farspan.trainer.summary import describe_changes, describe_start, summarize
@@ -44,7 +44,7 @@ def run(config: RunConfig, resume: bool = True) -> None:
     lock = RunLock(config.run.dir)
     if rank == 0:
         lock.acquire()
-    device = _start_process_group()
+    device = start_process_group()
     # Handlers only now: a rank that waits for others, one of which was refused the lock, must end on SIGTERM.
     with StopRequest() as stop:
         mesh = Mesh.create(preflight.degrees, device, outer_link=config.parallel.inner is not None)
@@ -118,21 +118,6 @@ def _find_checkpoint(store: CheckpointStore, state: RunState, mesh: Mesh, resume
             raise ConfigError(f"{store.directory} has checkpoints; resume the run, or choose another run.dir")
         state.check(found)
     return found
-
-
-def _start_process_group() -> torch.device:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    # A rank waits for the slowest one, and one step over a million tokens takes minutes.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1), device_id=device if cuda else None)
-    return device
 
 
 def _reporter(rank: int) -> Callable[[str], None]:

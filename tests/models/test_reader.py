@@ -103,12 +103,12 @@ def test_scores_are_those_of_the_whole_text(pool: Pool, world: int, tensor: int)
         assert {name: error for name, error in found.items() if not error < 1e-9} == {}
 
 
-def check_greedy(rank: int, world: int, steps: int) -> dict[str, tuple[list[int], list[int]]]:
+def check_greedy(rank: int, world: int, tensor: int, steps: int) -> dict[str, tuple[list[int], list[int]]]:
     """Tokens decoded, and the argmax of full forward passes: all labels of the last token in one batch."""
-    mesh = Mesh.create(Degrees(1, world, 1), torch.device("cpu"))
+    mesh = Mesh.create(Degrees(1, world // tensor, tensor), torch.device("cpu"))
     found = {}
     try:
-        model = decoder()
+        model = decoder(tensor)
         for name, share, _ in list(ways(mesh))[:3]:
             reader = Reader(model, mesh)
             reader.prefill(TEXT[:CONTEXT], share)
@@ -129,9 +129,9 @@ def check_greedy(rank: int, world: int, steps: int) -> dict[str, tuple[list[int]
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_greedy_decoding_is_the_argmax_of_full_forward_passes(pool: Pool, world: int) -> None:
-    for found in pool.run(world, check_greedy, 6):
+@pytest.mark.parametrize(("world", "tensor"), [(1, 1), (2, 1), (4, 1), (4, 2)])
+def test_greedy_decoding_is_the_argmax_of_full_forward_passes(pool: Pool, world: int, tensor: int) -> None:
+    for found in pool.run(world, check_greedy, tensor, 6):
         assert list(found) == ["dense", "star 8", "replicated 8"]
         for name, (got, wanted) in found.items():
             assert got == wanted, name
