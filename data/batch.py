@@ -11,7 +11,8 @@ from torch import Tensor
 
 from farspan.data.rows import IGNORED, Row, Rows
 from farspan.data.sampling import sample_index
-from farspan.kernels import IntervalMask, masks
+from farspan.data.visibility import BY_DOCUMENT, Visibility
+from farspan.kernels import IntervalMask
 from farspan.parallel.orders import Order
 
 
@@ -34,17 +35,18 @@ class Batch:
 
 
 def make_batch(
-    rows: Sequence[Row], order: Order, rank: int, samples: Sequence[int] = (), across_documents: bool = False
+    rows: Sequence[Row],
+    order: Order,
+    rank: int,
+    samples: Sequence[int] = (),
+    visibility: Visibility = BY_DOCUMENT,
 ) -> Batch:
     """The share of context rank `rank`: labels are shifted already, and nothing is permuted again after this.
 
-    With `across_documents` tokens see the whole row before them, and rotary positions do not restart.
+    Rotary positions restart at each document, unless tokens see across documents.
     """
-    length = order.length
-    whole = np.arange(length)
-    positions = [whole if across_documents else row.positions for row in rows]
-    documents = (masks.causal(length, row.cu_seqlens.tolist()) for row in rows)
-    mask = masks.causal(length) if across_documents else masks.stack(documents)
+    whole = np.arange(order.length)
+    positions = [whole if visibility.across_documents else row.positions for row in rows]
 
     def shard(values: Sequence[np.ndarray], padding: int) -> Tensor:
         return order.shard(torch.from_numpy(np.stack(values)), rank, padding=padding)
@@ -54,7 +56,7 @@ def make_batch(
         tokens=shard([row.tokens for row in rows], 0),
         labels=labels,
         rotary_positions=shard(positions, 0),
-        mask=mask,
+        mask=visibility.mask(rows),
         order=order,
         valid=int((labels != IGNORED).sum()),
         samples=tuple(samples),

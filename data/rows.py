@@ -22,6 +22,8 @@ class Row:
     cu_seqlens: int64 [documents + 1], where each document (or part of one) starts in the row; from 0 to length.
     positions: int64 [length], the place of each token since its document's start in this row, for rotary embeddings.
     valid: the number of labels that are not -100.
+    contexts: int64 [documents], for question and answer: the tokens of each document before its question; None for
+        plain text.
     """
 
     tokens: NDArray[np.int64]
@@ -29,6 +31,13 @@ class Row:
     cu_seqlens: NDArray[np.int64]
     positions: NDArray[np.int64]
     valid: int
+    contexts: NDArray[np.int64] | None = None
+
+
+def blank_row(length: int) -> Row:
+    """A row of one document without labels, for what depends on the shape of rows alone."""
+    whole = np.arange(length)
+    return Row(np.zeros(length, np.int64), np.full(length, IGNORED), np.array([0, length]), whole, 0)
 
 
 class Rows:

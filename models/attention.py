@@ -1,8 +1,9 @@
-"""Self-attention of the decoder: the only module that knows that a sequence is shared by several ranks."""
+"""Self-attention of the decoder: in training the only module that knows that a sequence is shared by several ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -11,6 +12,17 @@ from farspan.models.layers import RMSNorm, Sharding, column_linear, row_linear
 from farspan.models.rotary import Rotation
 from farspan.parallel.execute import Groups, LayerMemory, attention
 from farspan.parallel.prepare import PreparedPlan
+
+
+class Attending(Protocol):
+    """How a layer's attention is carried out."""
+
+    @property
+    def rotation(self) -> Rotation:
+        """The angles of the layer's tokens, whose shape is that of the batch."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[B, slots, H or Hkv, D]`, rotated, to `[B, slots, H, D]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +37,10 @@ class AttentionContext:
     rotation: Rotation
     backend: str = "auto"
     memory: LayerMemory | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, _ = attention(q, k, v, self.plan, self.group, backend=self.backend, memory=self.memory)
+        return out
 
 
 class SelfAttention(nn.Module):
@@ -43,7 +59,7 @@ class SelfAttention(nn.Module):
         self.query_norm = RMSNorm(config.head_dim, config.norm_epsilon, partial) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(config.head_dim, config.norm_epsilon, partial) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: Attending) -> Tensor:
         """`[tokens, hidden]` to `[tokens, hidden]`; the batch's shape is that of `context.rotation`."""
         batch = context.rotation.cosine.shape[0]
 
@@ -52,5 +68,4 @@ class SelfAttention(nn.Module):
 
         q, k, v = heads(self.query(x)[0]), heads(self.key(x)[0]), heads(self.value(x)[0])
         q, k = context.rotation(self.query_norm(q)), context.rotation(self.key_norm(k))
-        out, _ = attention(q, k, v, context.plan, context.group, backend=context.backend, memory=context.memory)
-        return self.out(out.flatten(2).flatten(0, 1))[0]
+        return self.out(context.attend(q, k, v).flatten(2).flatten(0, 1))[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
-from farspan.models.attention import AttentionContext, SelfAttention
+from farspan.models.attention import Attending, AttentionContext, SelfAttention
 from farspan.models.config import ModelConfig
 from farspan.models.layers import FeedForward, RMSNorm, Sharding, column_linear
 from farspan.models.loss import VocabularyLoss
@@ -51,7 +51,7 @@ class Layer(nn.Module):
             sharding,
         )
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: Attending) -> Tensor:
         x = x + self.attention(self.attention_norm(x), context)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -104,6 +104,11 @@ class Decoder(nn.Module):
         if self.sharding.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x)
         x = self.run_layers(self.layers, x, context)
-        weight = self.embedding.weight if self.config.tied_embeddings else self.projection.weight
-        total, losses = self.loss(self.norm(x), weight, batch.labels.flatten())
+        total, losses = self.loss(self.norm(x), self.output_weight, batch.labels.flatten())
         return total, losses.view_as(batch.labels)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """This tensor rank's rows of the projection, `[vocabulary / tensor, hidden]`."""
+        weight: Tensor = self.embedding.weight if self.config.tied_embeddings else self.projection.weight
+        return weight

@@ -15,6 +15,7 @@ from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from farspan.kernels import accumulation_dtype
 from farspan.models.compiled import compiled
 
 
@@ -49,8 +50,8 @@ class Sharding:
 
 @compiled
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`x / rms(x) * weight` of each row of `[rows, size]`; in fp32, then in x's dtype (arXiv:1910.07467)."""
-    wide = x.float()
+    """`x / rms(x) * weight` of each row of `[rows, size]`; in fp32 or fp64, then in x's dtype (arXiv:1910.07467)."""
+    wide = x.to(accumulation_dtype(x.dtype))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return wide.to(x.dtype) * weight
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.kernels import accumulation_dtype
 from farspan.models.compiled import compiled
 
 
@@ -24,8 +25,8 @@ class Rotation:
 
 @compiled
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotates `[tokens, H, D]` in fp32 by `[tokens, 1, D / 2]`; returns x's dtype."""
-    first, second = x.float().chunk(2, -1)
+    """Rotates `[tokens, H, D]` in fp32 or fp64 by `[tokens, 1, D / 2]`; returns x's dtype."""
+    first, second = x.to(accumulation_dtype(x.dtype)).chunk(2, -1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)
     return torch.cat(rotated, -1).to(x.dtype)
 

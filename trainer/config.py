@@ -102,7 +102,7 @@ class ParallelSection(_Section):
     """How attention over a shared sequence is carried out; `auto` is what the time model expects to be the fastest on
     `cluster`, for the first rows of the text."""
     order: str = "zigzag"
-    """Which tokens of a sequence each rank holds."""
+    """Which tokens of a sequence each rank holds; `two_class` is that of plan star, by the global parts of its rows."""
     stripe: int = Field(128, gt=0)
     """Tokens of one stripe of the striped order."""
     zero_stage: int = Field(1, ge=0, le=3)
@@ -113,12 +113,56 @@ class ParallelSection(_Section):
         return Topology(self.inner, self.ulysses)
 
 
+class StarSection(_Section):
+    """Star Attention (docs/star.md)."""
+
+    block: int = Field(gt=0)
+    """Tokens of one block of a document's context; context tokens see their own block and the anchor."""
+    anchor: int | None = Field(None, gt=0)
+    """The first tokens of a document, which all its context sees: at most `block`, and `block` when not given."""
+    mode: Literal["lm", "sft"] = "lm"
+    """Which part of a document is global and sees all of it: its end (`lm`), or question and answer (`sft`). All tokens
+    of `lm` carry loss; for `sft` the data says where a context ends, and which tokens carry loss: those of answers."""
+    global_fraction: float = Field(0.25, gt=0, lt=1)
+    """Share of a document, at its end, that is global with `mode: lm`."""
+
+    @model_validator(mode="after")
+    def _check_anchor(self) -> StarSection:
+        if self.anchor_tokens > self.block:
+            raise ValueError(
+                f"attention.star.anchor {self.anchor} is more than attention.star.block {self.block}; lower it, or "
+                "leave it out for an anchor of one block"
+            )
+        return self
+
+    @property
+    def anchor_tokens(self) -> int:
+        return self.anchor or self.block
+
+    @property
+    def in_words(self) -> str:
+        part = f"the last {self.global_fraction:g} of a document" if self.mode == "lm" else "question and answer"
+        return f"blocks of {self.block:,} tokens, anchors of {self.anchor_tokens:,}; global is {part}"
+
+    @property
+    def warning(self) -> str | None:
+        """What is possible, but hardly meant."""
+        if self.block >= 256:
+            return None
+        return (
+            f"attention.star.block is {self.block}: with blocks of less than 256 tokens a model sees little of its "
+            "context, and kernels compute mostly borders"
+        )
+
+
 class AttentionSection(_Section):
     backend: str = "deterministic"
     """Kernels that compute attention on one device: `auto` is the fastest for each piece of work, `deterministic` the
     fastest whose gradients repeat bit for bit; or a backend's name, which then computes all."""
     across_documents: bool = False
     """Whether tokens see earlier documents of their row; if not, rotary positions restart at each document."""
+    star: StarSection | None = None
+    """Star Attention for every layer, by any plan; dense attention when not given."""
 
 
 class MemorySection(_Section):
@@ -201,7 +245,7 @@ class RunConfig(_Section):
     def _check_choices(self) -> RunConfig:
         for key, value, choices in (
             ("parallel.plan", self.parallel.plan, [*PLANS, "auto"]),
-            ("parallel.order", self.parallel.order, list(ORDERS)),
+            ("parallel.order", self.parallel.order, [*ORDERS, "two_class"]),
             ("attention.backend", self.attention.backend, list(BACKENDS)),
         ):
             if value not in choices:
@@ -224,6 +268,39 @@ class RunConfig(_Section):
             raise ValueError("parallel.sequence_parallel divides tokens over tensor ranks, but parallel.tensor is 1")
         self.model.check_tensor_degree(self.parallel.tensor)
         load_cluster(self.cluster)
+        return self
+
+    @model_validator(mode="after")
+    def _check_star(self) -> RunConfig:
+        star, parallel = self.attention.star, self.parallel
+        if parallel.plan == "star" and parallel.order != "two_class":
+            raise ValueError(
+                f"parallel.plan star sends the rows that parallel.order two_class marks, but parallel.order is "
+                f"{parallel.order}; set it to two_class"
+            )
+        if parallel.order == "two_class" and star is None:
+            raise ValueError(
+                "parallel.order two_class is for the global parts of Star Attention; set attention.star.block, or "
+                "parallel.order to zigzag"
+            )
+        if parallel.order == "two_class" and parallel.sequence_parallel:
+            raise ValueError(
+                "parallel.order two_class gives ranks shares that change from batch to batch, which "
+                "parallel.sequence_parallel cannot divide; set parallel.sequence_parallel to false"
+            )
+        if star is None:
+            return self
+        if 2 * star.block > self.train.sequence_length:
+            raise ValueError(
+                f"attention.star.block {star.block} leaves every document dense, for none has two blocks in rows of "
+                f"train.sequence_length {self.train.sequence_length}; lower it to {self.train.sequence_length // 2} "
+                "or less"
+            )
+        if star.mode == "sft" and self.attention.across_documents:
+            raise ValueError(
+                "attention.star.mode sft goes by document; set attention.across_documents to false, or "
+                "attention.star.mode to lm"
+            )
         return self
 
     @model_validator(mode="after")
@@ -285,7 +362,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     branch: Any = tree
     for section in sections:
-        branch = branch.setdefault(section, {}) if isinstance(branch, dict) else None
+        if isinstance(branch, dict) and branch.get(section) is None:
+            branch[section] = {}
+        branch = branch[section] if isinstance(branch, dict) else None
         if not isinstance(branch, dict):
             raise ConfigError(f"{key} cannot be set: {section} is not a section")
     branch[last] = value

@@ -19,7 +19,7 @@ _WIDTH, _INDENT = 100, 14
 
 
 def describe_plan(config: RunConfig, processes: int, report: Callable[[str], None], plot: Path | None = None) -> None:
-    """For rows of plain causal attention: mesh, plan, verification, work and bytes, time and memory of a step.
+    """For rows of one document: mesh, plan, verification, work and bytes, time and memory of a step.
 
     ConfigError for an impossible mesh, or when `plot` is given and matplotlib is not installed.
     """
@@ -45,6 +45,8 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
         require_matplotlib()
     planned, reason = plan_of(config, processes)
     _say_mesh(planned, say)
+    if (star := config.attention.star) is not None:
+        say("star", star.in_words + (f"; {star.warning}" if star.warning else ""))
     if reason is not None:
         say("choice", reason)
     _say_traffic(planned, say)

@@ -14,12 +14,12 @@ import torch
 from farspan.kernels import rates
 from farspan.kernels.backends import REGISTRY
 from farspan.kernels.problem import Problem
-from farspan.parallel import orders
 from farspan.parallel.degrees import Degrees, MeshError
 from farspan.parallel.prepare import prepare
+from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem, describe_backends
-from farspan.trainer.first_rows import first_mask
+from farspan.trainer.first_rows import first_rows
 from farspan.trainer.plan_choice import build_plan, plan_name
 
 Report = Callable[[str], None]
@@ -91,14 +91,15 @@ def _table(capability: Capability | None, where: str) -> str:
 
 
 def _describe_batch(config: RunConfig, processes: int, tensors: Problem, report: Report) -> None:
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     try:
         degrees = Degrees.divide(processes, parallel.context, parallel.tensor)
     except MeshError as error:
         raise ConfigError(str(error)) from error
-    order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
-    mask, rows = first_mask(config, order, degrees.data)
-    report(f"{'batch':<14}{rows}")
+    arrangement = Arrangement(config, degrees.context)
+    rows, words = first_rows(config, degrees.data)
+    order, mask = arrangement.order(rows), arrangement.mask(rows)
+    report(f"{'batch':<14}{words}")
     name, _ = plan_name(config, order, lambda: mask)
     plan = build_plan(config, name, order, mask)
 

@@ -8,17 +8,17 @@ from dataclasses import replace
 import numpy as np
 import torch.distributed as dist
 
-from farspan.data.batch import Batch, make_batch
+from farspan.data.batch import Batch
 from farspan.data.corpus import Corpus
 from farspan.data.prepared import Prepared
 from farspan.data.rows import IGNORED, Row, Rows
-from farspan.kernels import IntervalMask, to_device
+from farspan.kernels import to_device
 from farspan.models.config import ModelConfig
 from farspan.models.decoder import DecoderInput
-from farspan.parallel import orders
 from farspan.parallel.mesh import Mesh
 from farspan.parallel.prepare import prepare
 from farspan.parallel.verify import PlanError, verify
+from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import RunConfig
 from farspan.trainer.first_rows import step_rows
 from farspan.trainer.plan_choice import build_plan, plan_name
@@ -28,13 +28,14 @@ class Feed:
     """Training and held-out batches of this rank."""
 
     def __init__(self, config: RunConfig, model: ModelConfig, prepared: Prepared, mesh: Mesh) -> None:
-        train, parallel = config.train, config.parallel
         self.mesh, self.config = mesh, config
-        self.across_documents = config.attention.across_documents
-        self.order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
+        self.arrangement = Arrangement(config, mesh.degrees.context)
         self.steps = step_rows(config, prepared, mesh.degrees.data)
-        self.plan_name, self.plan_reason = plan_name(config, self.order, self._first_mask)
-        heldout = Rows(Corpus(prepared, "heldout"), train.sequence_length, config.run.seed)
+        # Those of data rank 0, on all ranks, so that all choose the same plan.
+        first = [self.steps.row(sample) for sample in self.steps.samples(0, 0, 0)]
+        order = self.arrangement.order(first)
+        self.plan_name, self.plan_reason = plan_name(config, order, lambda: self.arrangement.mask(first))
+        heldout = Rows(Corpus(prepared, "heldout"), config.train.sequence_length, config.run.seed)
         self.heldout = heldout
         self.heldout_rows = min(config.eval.rows, len(heldout))
         self._ahead: tuple[int, list[Batch], DecoderInput] | None = None
@@ -93,10 +94,5 @@ class Feed:
             group=self.mesh.links,
         )
 
-    def _first_mask(self) -> IntervalMask:
-        """That of the first micro-batch of data rank 0, on all ranks."""
-        rows = [self.steps.row(sample) for sample in self.steps.samples(0, 0, 0)]
-        return make_batch(rows, self.order, 0, across_documents=self.across_documents).mask
-
     def _batch(self, rows: Sequence[Row], samples: Sequence[int]) -> Batch:
-        return make_batch(rows, self.order, self.mesh.context_rank, samples, self.across_documents)
+        return self.arrangement.batch(rows, self.mesh.context_rank, samples)

@@ -1,14 +1,12 @@
-"""Which rows training takes, and the mask of the first of them."""
+"""Which rows training takes, and the first of them."""
 
 from __future__ import annotations
 
-from farspan.data.batch import StepRows, make_batch
+from farspan.data.batch import StepRows
 from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
-from farspan.data.rows import Rows
-from farspan.kernels import IntervalMask, masks
-from farspan.parallel.orders import Order
+from farspan.data.rows import Row, Rows, blank_row
 from farspan.trainer.config import RunConfig
 
 
@@ -24,16 +22,16 @@ def step_rows(config: RunConfig, prepared: Prepared, data: int) -> StepRows:
     )
 
 
-def first_mask(config: RunConfig, order: Order, data: int) -> tuple[IntervalMask, str]:
-    """The mask of the first batch, and what it is; of rows with one document each where there is no text yet."""
+def first_rows(config: RunConfig, data: int) -> tuple[list[Row], str]:
+    """Those of the first micro-batch, and what they are; rows with one document each where there is no text yet."""
     length, across = config.train.sequence_length, config.attention.across_documents
     try:
         rows = step_rows(config, load_prepared(config.data.directory), data)
     except DataError as error:
-        return masks.causal(length), f"rows of one document, {length:,} tokens, since there is no text. {error}"
+        return [blank_row(length)], f"rows of one document, {length:,} tokens, since there is no text. {error}"
     taken = [rows.row(sample) for sample in rows.samples(0, 0, 0)]
     documents = sum(len(row.cu_seqlens) - 1 for row in taken)
     seen = "seen across documents" if across else "each seen by itself"
     plural = "" if documents == 1 else "s"
     words = f"the first of training: {len(taken)} x {length:,} tokens, {documents} document{plural}, {seen}"
-    return make_batch(taken, order, 0, across_documents=across).mask, words
+    return taken, words

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from farspan.models import offload
-from farspan.parallel import orders
 from farspan.parallel.degrees import Degrees
+from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
 
 
@@ -34,7 +34,7 @@ def offloaded_bytes(config: RunConfig, degrees: Degrees) -> int:
     """
     train, model, tensor = config.train, config.model, degrees.tensor
     size = {"bf16": 2, "fp32": 4}[train.dtype]
-    order = orders.build(config.parallel.order, train.sequence_length, degrees.context, config.parallel.stripe)
+    order = Arrangement(config, degrees.context).order()
     tokens = order.slots * train.micro_batch_rows
     tensors = [tokens * model.hidden_size * size // (tensor if config.parallel.sequence_parallel else 1)]
     if config.memory.recompute == "selective":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from farspan.parallel import orders
 from farspan.parallel.degrees import Degrees
+from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import RunConfig
 
 # What is on a GPU beside tensors: the CUDA context, NCCL's buffers, libraries' workspaces, holes between tensors.
@@ -105,7 +105,7 @@ class _Layer:
     @classmethod
     def of(cls, config: RunConfig, degrees: Degrees) -> _Layer:
         train, model, tensor = config.train, config.model, degrees.tensor
-        order = orders.build(config.parallel.order, train.sequence_length, degrees.context, config.parallel.stripe)
+        order = Arrangement(config, degrees.context).order()
         tokens, size = order.slots * train.micro_batch_rows, _itemsize(config)
         stream = tokens * model.hidden_size * size
         divided = stream // (tensor if config.parallel.sequence_parallel else 1)

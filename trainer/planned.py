@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from farspan.kernels import masks
-from farspan.parallel import orders
 from farspan.parallel.cluster import Cluster, load_cluster
 from farspan.parallel.degrees import Degrees, MeshError
 from farspan.parallel.orders import Order
 from farspan.parallel.plan import Plan
 from farspan.parallel.report import Report
 from farspan.parallel.verify import verify
+from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
-from farspan.trainer.first_rows import first_mask
+from farspan.trainer.first_rows import first_rows
 from farspan.trainer.plan_choice import build_plan, plan_name
 
 
@@ -34,7 +33,7 @@ class Planned:
 
 
 def plan_of(config: RunConfig, processes: int) -> tuple[Planned, str | None]:
-    """For rows of plain causal attention; with the reason where `parallel.plan` is `auto`.
+    """For rows of one document; with the reason where `parallel.plan` is `auto`.
 
     ConfigError for an impossible mesh.
     """
@@ -47,12 +46,12 @@ def plan_of(config: RunConfig, processes: int) -> tuple[Planned, str | None]:
         degrees = Degrees.divide(processes, parallel.context, parallel.tensor)
     except MeshError as error:
         raise ConfigError(str(error)) from error
-    order = orders.build(parallel.order, train.sequence_length, parallel.context, parallel.stripe)
-    mask = masks.causal(train.sequence_length)
-    first, rows = first_mask(config, order, degrees.data) if parallel.plan == "auto" else (mask, "")
-    name, reason = plan_name(config, order, lambda: first)
+    arrangement = Arrangement(config, degrees.context)
+    order, mask = arrangement.order(), arrangement.mask()
+    first, words = first_rows(config, degrees.data) if parallel.plan == "auto" else ([], "")
+    name, reason = plan_name(config, arrangement.order(first), lambda: arrangement.mask(first))
     plan = build_plan(config, name, order, mask)
     found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
     return Planned(
         config, load_cluster(config.cluster), degrees, order, plan, found
-    ), reason and f"{reason}; judged by {rows}"
+    ), reason and f"{reason}; judged by {words}"

@@ -12,8 +12,8 @@ from farspan.data.prepared import Prepared, load_prepared
 from farspan.kernels.choice import check_backend
 from farspan.kernels.problem import capability
 from farspan.models.config import ModelConfig
-from farspan.parallel import orders
 from farspan.parallel.degrees import Degrees, MeshError
+from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.describe_backends import attention_problem
@@ -105,7 +105,11 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
             f"{train.sequence_length}, which data {degrees.data} x train.micro_batch_rows {train.micro_batch_rows} do "
             f"not divide; make train.tokens_per_step a multiple of {at_once * train.sequence_length}"
         )
-    order = orders.build(config.parallel.order, train.sequence_length, degrees.context, config.parallel.stripe)
+    arrangement = Arrangement(config, degrees.context)
+    try:
+        order, _ = arrangement.order(), arrangement.mask()
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     if config.parallel.sequence_parallel and order.slots * train.micro_batch_rows % degrees.tensor:
         raise ConfigError(
             f"parallel.sequence_parallel divides a context rank's {order.slots * train.micro_batch_rows} tokens by "

@@ -28,6 +28,10 @@ def describe_start(
         f"mesh {preflight.degrees} | plan {feed.plan_name}, order {parallel.order} | ZeRO {parallel.zero_stage}, "
         f"{train.dtype}"
     )
+    if (star := config.attention.star) is not None:
+        report(f"Star Attention: {star.in_words}")
+        if star.warning:
+            report(f"warning: {star.warning}")
     if feed.plan_reason:
         report(feed.plan_reason)
     report(

@@ -44,10 +44,11 @@ def make_config(directory: Path, prepared: Path, context: int, tensor: int, zero
             "dtype": "fp32",
             "loss_chunk_tokens": 64,
         },
-        "parallel": {"context": context, "tensor": tensor, "zero_stage": zero, **changes},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "attention": {"star": changes.pop("star", None)},
         "eval": {"rows": 3},
     }
+    tree["parallel"] = {"context": context, "tensor": tensor, "zero_stage": zero, **changes}
     return RunConfig.model_validate(tree)
 
 
@@ -93,8 +94,12 @@ def compare(
     pool: Pool, tmp_path: Path, prepared: Path, layouts: list[tuple[int, int, int]], variants: list[dict[str, Any]]
 ) -> None:
     """All variants on all layouts agree with one rank at ZeRO 0, which each variant's batch shape has of its own."""
-    shape_keys = ("length", "tokens_per_step", "micro_batch_rows", "tied")
-    shapes = {tuple(variant.get(key) for key in shape_keys): variant for variant in variants}
+    shape_keys = ("length", "tokens_per_step", "micro_batch_rows", "tied", "star")
+
+    def shape_of(variant: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(variant.get(key)) for key in shape_keys)
+
+    shapes = {shape_of(variant): variant for variant in variants}
     alone = {
         shape: make_config(
             tmp_path / f"alone{i}", prepared, 1, 1, 0, **{k: v for k, v in variant.items() if k in shape_keys}
@@ -109,7 +114,7 @@ def compare(
             for i, variant in enumerate(variants)
         ]
         for variant, rows in zip(variants, pool.run(context * tensor, train_runs, configs)[0]):
-            reference = references[tuple(variant.get(key) for key in shape_keys)]
+            reference = references[shape_of(variant)]
             differences[context, tensor, zero, str(variant)] = worst(reference, rows)
     print(f"largest relative difference {max(differences.values()):.1e} over {len(differences)} runs")
     assert {case: value for case, value in differences.items() if not value < 1e-5} == {}
@@ -127,6 +132,19 @@ def test_a_sample_of_layouts_orders_and_plans_agrees_with_one_rank(pool: Pool, t
     compare(pool, tmp_path, prepared, LAYOUTS[:2], variants[:1])
     (tmp_path / "more").mkdir()
     compare(pool, tmp_path / "more", prepared, LAYOUTS[2:], [{**variants[1], "tied": True, "micro_batch_rows": 2}])
+
+
+def test_star_attention_agrees_with_one_rank_under_any_plan(pool: Pool, tmp_path: Path, prepared: Path) -> None:
+    """Text all of whose tokens carry loss; rows hold several documents, some of them shorter than two blocks."""
+    star = {"star": {"block": 16, "anchor": 8, "global_fraction": 0.3}}
+    variants = [
+        {"plan": "star", "order": "two_class", **star},
+        {"plan": "ring", "order": "zigzag", **star},
+        {"plan": "star", "order": "two_class", "micro_batch_rows": 2, **star},
+    ]
+    compare(pool, tmp_path, prepared, [(2, 1, 1)], variants)
+    (tmp_path / "more").mkdir()
+    compare(pool, tmp_path / "more", prepared, [(4, 1, 1)], [*variants[:1], {**variants[1], "plan": "group_cast"}])
 
 
 def test_a_rank_whose_tokens_are_all_masked(pool: Pool, tmp_path: Path, prepared: Path) -> None:

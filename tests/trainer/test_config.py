@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -34,6 +35,19 @@ def refusal(path: Path, *overrides: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_star_attention_is_described_in_words(path: Path) -> None:
+    star = load_config(path, ["attention.star.block=32"]).attention.star
+    assert star is not None
+    assert (star.anchor_tokens, star.mode) == (32, "lm")
+    assert star.in_words == "blocks of 32 tokens, anchors of 32; global is the last 0.25 of a document"
+    assert star.warning is not None
+    assert "attention.star.block is 32: " in star.warning
+    long = ["train.sequence_length=512", "attention.star.block=256", "attention.star.anchor=1"]
+    star = load_config(path, long).attention.star
+    assert star is not None
+    assert (star.anchor_tokens, star.warning) == (1, None)
 
 
 def test_what_is_not_given_has_its_default(path: Path) -> None:
@@ -107,6 +121,27 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
             "memory.keep_layers 1 spares layers from recomputation, but",
         ),
         (["memory.recompute=none", "memory.keep_layers=auto"], "which spares all; set memory.keep_layers to 0"),
+        (["attention.star.block=0"], "attention.star.block is 0: input should be greater than 0"),
+        (["attention.star.anchor=3"], "attention.star.block is required"),
+        (
+            ["attention.star.block=16", "attention.star.anchor=17"],
+            "attention.star.anchor 17 is more than attention.star.block 16; lower it",
+        ),
+        (["attention.star.block=65"], "attention.star.block 65 leaves every document dense, for none has two blocks"),
+        (["attention.star.block=65"], "in rows of train.sequence_length 128; lower it to 64 or less"),
+        (["attention.star={block: 8, mode: chat}"], "attention.star.mode is 'chat': input should be 'lm' or 'sft'"),
+        (["attention.star={block: 8, blok: 8}"], "there is no key attention.star.blok, did you mean 'block'?"),
+        (
+            ["attention.star={block: 8, mode: sft}", "attention.across_documents=true"],
+            "attention.star.mode sft goes by document; set attention.across_documents to false",
+        ),
+        (["parallel.plan=star"], "parallel.plan star sends the rows that parallel.order two_class marks, but "),
+        (["parallel.plan=star"], "parallel.order is zigzag; set it to two_class"),
+        (["parallel.order=two_class"], "two_class is for the global parts of Star Attention; set attention.star.block"),
+        (
+            ["attention.star.block=8", "parallel.order=two_class", "parallel.tensor=2", "parallel.sequence_parallel=1"],
+            "set parallel.sequence_parallel to false",
+        ),
         (["model.layers=2", "memory.keep_layers=3"], "memory.keep_layers 3 is more than model.layers 2"),
         (["memory.keep_layers=-1"], "memory.keep_layers is -1; it must be a number of layers, or auto"),
         (["memory.keep_layers=all"], "memory.keep_layers is 'all'; it must be a number of layers, or auto"),
@@ -231,9 +266,11 @@ def test_the_resolved_configuration_reads_back_as_the_same(path: Path, tmp_path:
 def fields(section: type[BaseModel], name: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key with its field, sections taken apart."""
     for key, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields(field.annotation, f"{name}{key}.")
-        else:
+        sections = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)]
+        below = next((section for section in sections if issubclass(section, BaseModel)), None)
+        if below is not None:
+            yield from fields(below, f"{name}{key}.")
+        if below is not field.annotation:
             yield f"{name}{key}", field
 
 
@@ -257,6 +294,11 @@ def test_every_key_is_documented() -> None:
         "parallel.zero_stage",
         "model.preset",
         "attention.backend",
+        "attention.star",
+        "attention.star.block",
+        "attention.star.anchor",
+        "attention.star.mode",
+        "attention.star.global_fraction",
         "optimizer.learning_rate",
         "data.sources",
         "data.tokenizer",

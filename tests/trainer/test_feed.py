@@ -107,7 +107,7 @@ def test_a_step_holds_the_same_samples_on_any_mesh(
         for d, micro_batch in product(range(data), range(8 // (data * micro_batch_rows))):
             batches = [by_rank[d][c][micro_batch] for c in range(context)]
             assert len({batch.samples for batch in batches}) == 1
-            found = whole(feeds[d][0].order, batches)
+            found = whole(batches[0].order, batches)
             for place, sample in enumerate(batches[0].samples):
                 assert sample not in rows
                 rows[sample] = {name: tensor[place] for name, tensor in found.items()}
@@ -153,7 +153,7 @@ def test_held_out_rows_count_once_on_any_number_of_ranks(prepared: Prepared, dat
         micro_batches = list(zip(*(feed.heldout_batches() for feed in feeds), strict=True))
         counts.append(len(micro_batches))
         for batches in micro_batches:
-            together = whole(feeds[0].order, list(batches))
+            together = whole(batches[0].order, list(batches))
             assert together["tokens"].shape == (1, LENGTH)
             valid = sum(batch.valid for batch in batches)
             assert valid == int((together["labels"] != -100).sum())
@@ -183,5 +183,6 @@ def test_context_ranks_derive_the_same_plan_of_their_batch(prepared: Prepared, p
             assert batch.plan.plan.name == plan
             assert batch.plan.plan.heads == (4, 2)
             assert batch.group is feed.mesh.links
-            assert batch.tokens.shape == batch.labels.shape == batch.rotary_positions.shape == (2, feed.order.slots)
+            slots = feed.arrangement.order().slots
+            assert batch.tokens.shape == batch.labels.shape == batch.rotary_positions.shape == (2, slots)
     assert [len(found) for found in digests] == [1, 1]

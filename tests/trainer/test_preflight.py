@@ -83,6 +83,12 @@ def test_rows_that_do_not_divide(config_file: Path) -> None:
     assert message.endswith("make train.tokens_per_step a multiple of 256")
 
 
+def test_star_attention_for_answers_needs_data_that_has_them(config_file: Path) -> None:
+    preflight(config_file, 1, "attention.star.block=16")
+    message = refusal(config_file, 1, "attention.star.block=16", "attention.star.mode=sft")
+    assert message.startswith("attention.star.mode sft takes the end of each document's context from the data, and ")
+
+
 def test_a_tokenizer_larger_than_the_model(config_file: Path) -> None:
     message = refusal(config_file, 1, "model.vocabulary_size=383")
     assert message.startswith("model.vocabulary_size 383 is smaller than the tokenizer's 384 (")
