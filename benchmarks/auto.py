@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from farspan.kernels import BACKENDS, IntervalMask, attend, attend_backward, masks, row_delta
-from farspan.kernels.choice import in_words, parts
+from farspan.kernels.choice import choose, in_words
 from farspan.kernels.problem import Problem
 
 HEADS, KV_HEADS = 32, 8
@@ -102,7 +102,7 @@ def line(title: str, case: Case, problem: Problem, run: Callable[[str], Any]) ->
             ms = do_bench(lambda backend=backend: run(backend), warmup=5, rep=40, return_mode="median")
             times[backend] = min(times[backend], ms)
     best = min((backend for backend in times if backend != "auto"), key=lambda backend: times[backend])
-    auto = in_words(parts(problem, case.mask.to("cuda"), "auto"))
+    auto = in_words(choose(problem, case.mask.to("cuda"), "auto").parts)
     ratio = times["auto"] / times[best]
     return f"{title:<44}{times['auto']:>9.3f}{times[best]:>9.3f}{ratio:>7.3f}  {best:<16}{auto}"
 

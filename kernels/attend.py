@@ -7,11 +7,14 @@ from torch import Tensor
 
 from farspan.kernels.backends import REGISTRY
 from farspan.kernels.backends.base import BackwardCall, ForwardCall
-from farspan.kernels.choice import alone, parts
+from farspan.kernels.choice import Part, choose
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.problem import Problem
 from farspan.kernels.triton import rows as row_kernels
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+Totals = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def attend(
@@ -45,16 +48,24 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype if out_dtype is None else out_dtype
     problem = Problem.of(q, k, v, accumulate=accumulate is not None)
-    calls = parts(problem, mask, backend)
-    if alone(calls, problem, mask):
-        part = calls[0]
-        call = ForwardCall(q, k[:, part.keys], v[:, part.keys], part.mask, scale, dtype, accumulate)
-        return REGISTRY[part.backend].attend(call)
-    out, lse = _nothing(q, v) if accumulate is None else accumulate
-    for part in calls:
-        total = out[:, part.rows], lse[:, :, part.rows]
+    choice = choose(problem, mask, backend)
+
+    def run(part: Part, dtype: torch.dtype, total: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         rows, keys, values = q[:, part.rows], k[:, part.keys], v[:, part.keys]
-        REGISTRY[part.backend].attend(ForwardCall(rows, keys, values, part.mask, scale, out.dtype, total))
+        return REGISTRY[part.backend].attend(ForwardCall(rows, keys, values, part.mask, scale, dtype, total))
+
+    first, *others = choice.parts
+    spans_all = first.rows == slice(0, q.shape[1])
+    if spans_all and not others:
+        return run(first, dtype, accumulate)
+    if choice.apart and accumulate is None:
+        out, lse = run(first, dtype, None) if spans_all else _nothing(q, v, dtype)
+        for part in others if spans_all else choice.parts:
+            out[:, part.rows], lse[:, :, part.rows] = run(part, dtype, None)
+        return out, lse
+    out, lse = _nothing(q, v, accumulation_dtype(q.dtype)) if accumulate is None else accumulate
+    for part in choice.parts:
+        run(part, out.dtype, (out[:, part.rows], lse[:, :, part.rows]))
     return out.to(dtype) if accumulate is None else out, lse
 
 
@@ -72,8 +83,8 @@ def attend_backward(
     backend: str = "auto",
     delta: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    accumulate: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
-) -> tuple[Tensor, Tensor, Tensor]:
+    accumulate: Totals = (None, None, None),
+) -> Gradients:
     """This call's share of the gradients of attention over a larger set of keys.
 
     `out` `[B, S, H, Dv]` and `lse` `[B, H, S]` are the GLOBAL ones, merged over all keys. `out` may be None when
@@ -93,16 +104,9 @@ def attend_backward(
     dtype = q.dtype if out_dtype is None else out_dtype
     accumulates = any(total is not None for total in accumulate)
     problem = Problem.of(q, k, v, backward=True, accumulate=accumulates, out_given=out is not None)
-    calls = parts(problem, mask, backend)
-    if alone(calls, problem, mask):
-        call = BackwardCall(dout, q, k, v, out, lse, delta, calls[0].mask, scale, dtype, accumulate)
-        return REGISTRY[calls[0].backend].attend_backward(call)
-    work = accumulation_dtype(q.dtype)
-    totals = tuple(
-        torch.zeros_like(x, dtype=work, memory_format=torch.contiguous_format) if total is None else total
-        for x, total in zip((q, k, v), accumulate, strict=True)
-    )
-    for part in calls:
+    choice = choose(problem, mask, backend)
+
+    def run(part: Part, dtype: torch.dtype, totals: Totals) -> Gradients:
         rows, keys = part.rows, part.keys
         call = BackwardCall(
             dout[:, rows],
@@ -114,10 +118,25 @@ def attend_backward(
             delta[:, :, rows],
             part.mask,
             scale,
-            work,
-            (totals[0][:, rows], totals[1][:, keys], totals[2][:, keys]),
+            dtype,
+            totals,
         )
-        REGISTRY[part.backend].attend_backward(call)
+        return REGISTRY[part.backend].attend_backward(call)
+
+    first, *others = choice.parts
+    spans_all = first.rows == slice(0, q.shape[1]) and first.keys == slice(0, k.shape[1])
+    if spans_all and not others:
+        return run(first, dtype, accumulate)
+    if choice.apart and not accumulates:
+        dq, dk, dv = run(first, dtype, (None, None, None)) if spans_all else _zeros((q, k, v), dtype)
+        for part in others if spans_all else choice.parts:
+            dq[:, part.rows], dk[:, part.keys], dv[:, part.keys] = run(part, dtype, (None, None, None))
+        return dq, dk, dv
+    work = accumulation_dtype(q.dtype)
+    made = _zeros((q, k, v), work)
+    totals = [new if total is None else total for new, total in zip(made, accumulate, strict=True)]
+    for part in choice.parts:
+        run(part, work, (totals[0][:, part.rows], totals[1][:, part.keys], totals[2][:, part.keys]))
     dq, dk, dv = (sum_.to(dtype) if total is None else total for sum_, total in zip(totals, accumulate, strict=True))
     return dq, dk, dv
 
@@ -130,12 +149,16 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     return (dout.to(work) * out.to(work)).sum(-1).transpose(1, 2)
 
 
-def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _nothing(q: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """out and lse of rows that have seen no key."""
     batch, rows, heads, _ = q.shape
-    work = accumulation_dtype(q.dtype)
-    out = q.new_zeros(batch, rows, heads, v.shape[3], dtype=work)
-    return out, q.new_full((batch, heads, rows), float("-inf"), dtype=work)
+    out = q.new_zeros(batch, rows, heads, v.shape[3], dtype=dtype)
+    return out, q.new_full((batch, heads, rows), float("-inf"), dtype=accumulation_dtype(q.dtype))
+
+
+def _zeros(tensors: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Gradients:
+    dq, dk, dv = (torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in tensors)
+    return dq, dk, dv
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, index: None) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from farspan.kernels import rates
 from farspan.kernels.backends import BACKENDS, CHOICES, REGISTRY
-from farspan.kernels.cost import Work, call_seconds, totals_seconds
+from farspan.kernels.cost import Results, Work, call_seconds, totals_seconds
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.problem import Problem
-from farspan.kernels.rectangles import Rectangle, rectangles
+from farspan.kernels.rectangles import Cut, Rectangle, rectangles
 
 # A mask that takes more calls of a library than this is not one for a library.
 _MOST_CALLS = 64
@@ -27,23 +27,26 @@ class Part:
     mask: IntervalMask
 
 
-def parts(problem: Problem, mask: IntervalMask, backend: str) -> list[Part]:
-    """The calls that make up one attention; worked out once a mask, then remembered by it.
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The calls that make up one attention. With `apart` no two write one result; the first may span all results."""
 
-    ValueError, naming the key to change, when the backend cannot compute them.
+    parts: tuple[Part, ...]
+    apart: bool
+
+
+def choose(problem: Problem, mask: IntervalMask, backend: str) -> Choice:
+    """Worked out once a mask, then remembered by it.
+
+    ValueError, naming the key to change, when the backend cannot compute the mask.
     """
-    name = f"parts of {problem} by {backend}"
+    name = f"choice of {backend} for {problem}"
     if name not in mask.derived:
         mask.derived[name] = (
             _fastest(problem, mask, backend == "deterministic") if backend in CHOICES else _by(backend, problem, mask)
         )
-    found: list[Part] = mask.derived[name]
+    found: Choice = mask.derived[name]
     return found
-
-
-def alone(calls: Sequence[Part], problem: Problem, mask: IntervalMask) -> bool:
-    """Whether one call writes all results, so that nothing adds up."""
-    return len(calls) == 1 and _is_all(calls[0].rows, calls[0].keys, problem, mask)
 
 
 def in_words(calls: Sequence[Part]) -> str:
@@ -61,51 +64,58 @@ def check_backend(problem: Problem, backend: str) -> None:
         raise ValueError(f"attention.backend is {backend!r}, but {refusal}; set it to auto")
 
 
-def _by(backend: str, problem: Problem, mask: IntervalMask) -> list[Part]:
+def _by(backend: str, problem: Problem, mask: IntervalMask) -> Choice:
     check_backend(problem, backend)
     if REGISTRY[backend].any_mask:
-        return [_whole(mask, problem, backend)]
+        return Choice((_whole(mask, problem, backend),), apart=True)
     cut = rectangles(mask, problem.keys, smallest=1, most=_MOST_CALLS)
     if cut.rest is not None:
         raise ValueError(
             f"attention.backend is {backend!r}, which computes full and causal rectangles, and this mask is not "
             f"{_MOST_CALLS} or fewer of them; set it to auto or triton"
         )
-    return [_rectangle(part, mask, backend) for part in cut.rectangles]
+    return Choice(tuple(_rectangle(part, mask, backend) for part in cut.rectangles), _apart(cut, problem))
 
 
-def _fastest(problem: Problem, mask: IntervalMask, deterministic: bool) -> list[Part]:
+def _fastest(problem: Problem, mask: IntervalMask, deterministic: bool) -> Choice:
     """The whole mask in one call, or its rectangles each by the backend that is best at it: what takes less time."""
     able = [name for name, backend in REGISTRY.items() if backend.refusal(problem) is None]
     if deterministic and problem.backward:
         able = [name for name in able if REGISTRY[name].deterministic]
     if problem.capability is None or "triton" not in able:
-        return [_whole(mask, problem, "reference")]
+        return Choice((_whole(mask, problem, "reference"),), apart=True)
     table = rates.of_capability(problem.capability)
     measured = [name for name in able if name in table.backends]
-    whole = [_whole(mask, problem, "triton")]
-    whole_seconds = call_seconds(table, problem, "triton", Work.of_mask(mask, problem), problem.accumulate)
+    make: Results = "add" if problem.accumulate else "make"
+    whole = Choice((_whole(mask, problem, "triton"),), apart=True)
+    whole_seconds = call_seconds(table, problem, "triton", Work.of_mask(mask, problem), make)
 
     cut = rectangles(mask, problem.keys)
-    sole = [_is_all(slice(*part.rows), slice(*part.keys), problem, mask) for part in cut.rectangles] == [True]
-    adds = problem.accumulate or not sole
+    apart = _apart(cut, problem)
+    sole = [_is_all(part, problem, mask) for part in cut.rectangles] == [True]
+    add: Results = make if sole else "place" if apart and not problem.accumulate else "add"
+    seconds = totals_seconds(problem, mask.rows) if add == "add" and not problem.accumulate else 0.0
     pieces: list[Part] = []
-    seconds = totals_seconds(problem, mask.rows) if adds and not problem.accumulate else 0.0
+    if cut.rest is not None:
+        pieces.append(_whole(cut.rest, problem, "triton"))
+        first = "make" if add == "place" else add
+        seconds += call_seconds(table, problem, "triton", Work.of_mask(cut.rest, problem), first)
     for part in cut.rectangles:
         work = Work.of_rectangle(part, problem)
-        cost = {name: call_seconds(table, problem, name, work, adds) for name in measured}
+        cost = {name: call_seconds(table, problem, name, work, add) for name in measured}
         best = min(cost, key=lambda name: cost[name])
         pieces.append(_rectangle(part, mask, best))
         seconds += cost[best]
-    if cut.rest is not None:
-        pieces.append(_whole(cut.rest, problem, "triton"))
-        seconds += call_seconds(table, problem, "triton", Work.of_mask(cut.rest, problem), adds)
-    return pieces if pieces and seconds < whole_seconds else whole
+    return Choice(tuple(pieces), apart) if pieces and seconds < whole_seconds else whole
 
 
-def _is_all(rows: slice, keys: slice, problem: Problem, mask: IntervalMask) -> bool:
-    """Whether a call over these rows and keys writes all results."""
-    return rows == slice(0, mask.rows) and (not problem.backward or keys == slice(0, problem.keys))
+def _apart(cut: Cut, problem: Problem) -> bool:
+    return cut.rows_apart and (cut.keys_apart or not problem.backward)
+
+
+def _is_all(part: Rectangle, problem: Problem, mask: IntervalMask) -> bool:
+    """Whether a call over the rectangle writes all results."""
+    return part.rows == (0, mask.rows) and (not problem.backward or part.keys == (0, problem.keys))
 
 
 def _whole(mask: IntervalMask, problem: Problem, backend: str) -> Part:

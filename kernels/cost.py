@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.problem import Problem
@@ -19,8 +20,13 @@ _MEMORY = 4e12
 # write 4 bytes in place of 2; a library's result is read again, and the total read and written.
 _ADD_IN_KERNEL = 4 + 4 - 2
 _ADD_AFTERWARDS = 2 + 4 + 4
+# A result that is copied to its place among others, in bf16.
+_PLACE = 2 + 2
 # A total that only one call of `attend` needs is filled with zeros, and read to be written in bf16.
 _TOTAL = 4 + 4 + 2
+
+# What becomes of a call's results: they are what is asked for, are copied to their place in it, or added to totals.
+Results = Literal["make", "place", "add"]
 
 
 @dataclass(frozen=True)
@@ -54,16 +60,17 @@ class Work:
         return Work(kind, rows, keys, part.pairs * problem.batch, math.sqrt(rows * keys))
 
 
-def call_seconds(table: Rates, problem: Problem, backend: str, work: Work, adds: bool) -> float:
-    """Seconds of one call, which writes its results or adds them to fp32 totals; infinite if it was not measured."""
+def call_seconds(table: Rates, problem: Problem, backend: str, work: Work, results: Results) -> float:
+    """Seconds of one call and of what becomes of its results; infinite if it was not measured."""
     rate = table.rate(backend, work.kind, problem.backward, work.length, problem.head_dim)
     if rate == 0:
         return math.inf
     of_keys, of_values = (3, 2) if problem.backward else (1, 1)  # matrix products by their inner or outer dim
     products = of_keys * problem.head_dim + of_values * problem.value_dim
     compute = 2 * products * problem.heads * work.pairs / (rate * 1e12)
-    bytes_ = (_ADD_IN_KERNEL if backend == "triton" else _ADD_AFTERWARDS) * problem.results(work.rows, work.keys)
-    return _CALL_SECONDS + compute + (bytes_ / _MEMORY if adds else 0)
+    add = _ADD_IN_KERNEL if backend == "triton" else _ADD_AFTERWARDS
+    bytes_ = {"make": 0, "place": _PLACE, "add": add}[results] * problem.results(work.rows, work.keys)
+    return _CALL_SECONDS + compute + bytes_ / _MEMORY
 
 
 def totals_seconds(problem: Problem, rows: int) -> float:

@@ -38,10 +38,15 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Cut:
-    """Disjoint rectangles, and a mask of what they leave, None if that is nothing."""
+    """Disjoint rectangles, and a mask of what they leave, None if that is nothing.
+
+    `rows_apart`: no row is in two rectangles, nor in one and seeing in the rest; `keys_apart`: the same of keys.
+    """
 
     rectangles: tuple[Rectangle, ...]
     rest: IntervalMask | None
+    rows_apart: bool
+    keys_apart: bool
 
 
 def rectangles(mask: IntervalMask, keys: int, smallest: int = 1024, most: int = 8) -> Cut:
@@ -60,7 +65,7 @@ def rectangles(mask: IntervalMask, keys: int, smallest: int = 1024, most: int = 
 
 def _cut(mask: IntervalMask, keys: int, smallest: int, most: int) -> Cut:
     if mask.batch > 1 and TileMap.of(mask, keys).offset is None:
-        return Cut((), mask)
+        return Cut((), mask, True, True)
     bounds = [bound[0].cpu().numpy().astype(np.int64) for bound in mask.bounds]
     seen = np.cumsum(np.concatenate([[0], bounds[1] - bounds[0] + bounds[3] - bounds[2]]))
     runs = _runs(bounds)
@@ -72,7 +77,24 @@ def _cut(mask: IntervalMask, keys: int, smallest: int, most: int) -> Cut:
         covered[slice(*part.rows)] = True
     left = ~covered.to(mask.device)
     rest = IntervalMask(*(bound * left for bound in mask.bounds))
-    return Cut(chosen, None if rest.kind(keys) == "empty" else rest)
+    begin, end, anchor_begin, anchor_end = (bound * ~covered.numpy() for bound in bounds)
+    seen_by_rest = [
+        _overlaps(begin, end, part.keys) or _overlaps(anchor_begin, anchor_end, part.keys) for part in chosen
+    ]
+    return Cut(
+        chosen,
+        None if rest.kind(keys) == "empty" else rest,
+        rows_apart=_apart([part.rows for part in chosen]),
+        keys_apart=_apart([part.keys for part in chosen]) and not any(seen_by_rest),
+    )
+
+
+def _apart(spans: list[tuple[int, int]]) -> bool:
+    return all(before[1] <= after[0] for before, after in pairwise(sorted(spans)))
+
+
+def _overlaps(begin: np.ndarray, end: np.ndarray, span: tuple[int, int]) -> bool:
+    return bool(((begin < end) & (begin < span[1]) & (end > span[0])).any())
 
 
 def _runs(bounds: list[np.ndarray]) -> list[tuple[int, int]]:

@@ -101,7 +101,10 @@ def _fastest(problem: Problem, work: Work, backend: str) -> float:
     if work.kind == "lists":
         names = [name for name in names if REGISTRY[name].any_mask]
     table = of_capability(problem.capability)
-    seconds = min((call_seconds(table, problem, name, work, problem.accumulate) for name in names), default=math.inf)
+    seconds = min(
+        (call_seconds(table, problem, name, work, "add" if problem.accumulate else "make") for name in names),
+        default=math.inf,
+    )
     if math.isinf(seconds):
         raise NoRatesError(
             f"attention.backend {backend} was not measured on {table.device} for pieces that are {work.kind}"

@@ -106,6 +106,7 @@ class _Run:
 
     direction: str
     stages: list[PreparedStage]
+    dtype: torch.dtype  # of results
 
     def __init__(
         self,
@@ -146,7 +147,8 @@ class _Run:
         for frame in list(self.frames.values()):
             if move.block in frame.joined.blocks:
                 self.close(frame)
-        return self.results.pop(move.block)
+        block = self.plan.blocks[move.block]
+        return self.results.pop(move.block) if move.block in self.results else self.blank(block)
 
     def operand(self, index: int) -> tuple[Tensor, ...]:
         """A block's operand tensors: views of our own, or what has arrived."""
@@ -183,7 +185,18 @@ class _Run:
         elif index in self.results:
             self.combine(self.results[index], tensors)
         else:
-            self.results[index] = tensors
+            # What travelled narrow may be added to here.
+            self.results[index] = tuple(x.to(self.dtype) for x in tensors)
+
+    def blank(self, block: Block) -> tuple[Tensor, ...]:
+        """The result of a block of which this batch sees nothing here; the plan sends it home all the same."""
+        slots, heads = block.slots[1] - block.slots[0], block.heads[1] - block.heads[0]
+        return tuple(
+            x.new_zeros(x.shape[0], slots, heads, x.shape[3])
+            if x.dim() == 4
+            else x.new_full((x.shape[0], heads, slots), float("-inf"))
+            for x in self.totals[block.side]
+        )
 
     def put(self, frame: _Frame, rows: Rows, result: tuple[Tensor, ...]) -> None:
         """Adds what a kernel could not add in place."""

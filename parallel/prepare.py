@@ -123,7 +123,10 @@ def prepare(
 def _frames(
     pieces: Sequence[Piece], plan: Plan, order: Order, rank: int, device: torch.device | str
 ) -> dict[int, Joined]:
-    """For each block of rows the frame that it is in. Blocks that meet in a piece are in one frame."""
+    """For each block of rows the frame that it is in. Blocks that meet in a piece are in one frame.
+
+    All blocks of a frame must be here when the first piece with one of them is computed, as they are in all our plans.
+    """
     together: dict[int, set[int]] = {}
     for piece in pieces:
         met = set().union(*({block} | together.get(block, set()) for block in piece.q))

@@ -29,6 +29,11 @@ class SideStream:
         if self._side is not None and self._main is not None:
             self._main.wait_stream(self._side)
 
+    def lend(self, tensor: torch.Tensor) -> None:
+        """The main stream reads what was allocated here: its memory is free once that is done, whoever drops it."""
+        if self._main is not None:
+            tensor.record_stream(self._main)
+
     def mark(self) -> torch.cuda.Event | None:
         """The main stream's place now, for `after`."""
         return None if self._main is None else self._main.record_event()

@@ -33,7 +33,7 @@ class Wire:
     of their first stage and waited for at their last, so a transfer runs beside the pieces in between. Packing and
     waiting happen on a stream of their own: operands go on before the kernels that were launched earlier are done, and
     only results wait for these. The buffer of operands that were used for the last time is taken again, once the
-    kernels that read it are done: a ring has two, one being computed with, one being filled.
+    kernels that read it are done, and that of what was sent: a ring has two to compute with and to fill, one to send.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Wire:
                 group = self.groups[deadline.link]
                 operations = []
                 for peer, bundle in _grouped(sends.get(deadline, []), lambda item: item[0].dst).items():
-                    message = torch.cat([piece for move, tensors in bundle for piece in self._packed(move, tensors)])
+                    pieces = [piece for move, tensors in bundle for piece in self._packed(move, tensors)]
+                    message = torch.cat(pieces, out=self._buffer(sum(map(len, pieces))))
                     self.bytes_sent += message.numel()
                     self._sent[deadline.stop].append(message)
                     operations.append(dist.P2POp(dist.isend, message, dist.get_global_rank(group, peer), group))
@@ -87,8 +88,12 @@ class Wire:
                     work.wait()
             self._stream.lead()
         self._payloads.clear()
-        self._sent.pop(stage, None)
+        for message in self._sent.pop(stage, []):  # the stream has waited for it
+            self._free[message.numel()].append((message, None))
         for moves, message in self._arriving.pop(stage, []):
+            # Operands come back through `release`; a result is dropped when its addition is launched, not done.
+            if moves[0].home:
+                self._stream.lend(message)
             at = 0
             for move in moves:
                 tensors = []

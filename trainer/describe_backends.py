@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from farspan.kernels.choice import in_words, parts
+from farspan.kernels.choice import choose, in_words
 from farspan.kernels.problem import Problem
 from farspan.kernels.tiles import TileMap
 from farspan.parallel.prepare import PreparedPiece, PreparedPlan
@@ -40,7 +40,7 @@ def describe_backends(plans: Iterable[PreparedPlan], tensors: Problem, backend: 
         for backward in (False, True):
             for piece, problem in problems(prepared, tensors, backward):
                 try:
-                    calls = parts(problem, piece.mask, backend)
+                    calls = choose(problem, piece.mask, backend).parts
                 except ValueError as error:
                     raise ConfigError(str(error)) from error
                 found[_kind(piece)][backward][in_words(calls)] += 1

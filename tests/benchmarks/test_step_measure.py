@@ -66,6 +66,9 @@ class _Trainee:
             stopwatch.lap()
         return 2.5
 
+    def warm_up(self, length: int) -> None:
+        self.ran.append((WARM_UP_LENGTH, 2))
+
     def watch(self, split: Split) -> None:
         split.call(self, "steps", "optimizer")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from support.pool import Pool
 
 from farspan.kernels import IntervalMask, accumulation_dtype, attend, attend_backward, masks
 from farspan.parallel import orders, plans
-from farspan.parallel.execute import attention
+from farspan.parallel.execute import _Backward, attention
 from farspan.parallel.plan import Plan, Schedule
 from farspan.parallel.plans import Topology
 from farspan.parallel.prepare import prepare
@@ -127,6 +128,46 @@ def check_batch_masks(rank: int, world: int) -> float:
 
 def test_each_row_of_a_batch_may_have_its_own_mask(pool: Pool) -> None:
     assert max(pool.run(3, check_batch_masks)) < 1e-10
+
+
+def check_less(rank: int, world: int, case: PlanCase) -> float:
+    """A batch whose mask sees less than the plan was made for: some results are sent of which nothing was computed."""
+    length, heads = 64, (4, 2)
+    order, batch = orders.zigzag(length, world), masks.sliding_window(length, 5)
+    plan = plans.build(case.plan, order, masks.causal(length), heads, case.topology)
+    whole = random_qkv(length, heads, 4)
+    expected = dense_attention(*whole[:3], batch.visible(slice(0, length), slice(0, length)), whole[3])
+    (out, _, *gradients), _ = run_plan(rank, plan, order, batch, whole)
+    pairs = zip((out, *gradients), (expected[0], *expected[2:]), strict=True)
+    return max(difference(got, order.shard(wanted, rank)) for got, wanted in pairs)
+
+
+@pytest.mark.parametrize("case", plan_cases(4), ids=str)
+def test_a_batch_may_see_less_than_the_plan(pool: Pool, case: PlanCase) -> None:
+    assert max(pool.run(4, check_less, case)) < 1e-10
+
+
+def dtypes_of_sums(rank: int, world: int, case: PlanCase, order_name: str) -> set[str]:
+    length, heads = 256, (4, 2)
+    order, mask = order_case(order_name, length, world), masks.sliding_window(length, 40, 4)
+    plan = plans.build(case.plan, order, mask, heads, case.topology, "bf16")
+    seen = set()
+    combine = _Backward.combine
+
+    def watch(self: _Backward, total: tuple[torch.Tensor, ...], tensors: tuple[torch.Tensor, ...]) -> None:
+        seen.update(str(x.dtype) for x in total)
+        combine(self, total, tensors)
+
+    with patch.object(_Backward, "combine", watch):
+        run_plan(rank, plan, order, mask, random_qkv(length, heads, 16, dtype=torch.bfloat16))
+    return seen
+
+
+@pytest.mark.parametrize("order", ["zigzag", "two_class"])
+def test_sums_are_fp32_also_on_a_narrow_wire(pool: Pool, order: str) -> None:
+    """In a hierarchical ring a sum arrives at a rank that has computed nothing of its own yet."""
+    found = pool.run(8, dtypes_of_sums, PlanCase("hierarchical_ring", Topology(inner=2)), order)
+    assert set().union(*found) == {"torch.float32"}
 
 
 def check_kept(rank: int, world: int) -> float:

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from support.oracle import dense_attention, difference, mask_cases, random_qkv
 
 from farspan.kernels import IntervalMask, attend, attend_backward, masks, merge
 from farspan.kernels.backends import reference
+from farspan.kernels.choice import Choice, Part
+from farspan.kernels.problem import Problem
+from farspan.kernels.rectangles import rectangles
 
 NAMES = [case.name for case in mask_cases(16)]
 
@@ -133,3 +138,34 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="both are None"):
         attend_backward(dout, q, k, v, None, torch.zeros(1, 4, 8), mask)
     assert isinstance(mask, IntervalMask)
+
+
+@pytest.mark.parametrize("smallest", [1, 8, 1000])
+@pytest.mark.parametrize("name", [case.name for case in mask_cases(8)])
+def test_calls_over_rectangles_and_a_rest_are_the_whole(
+    name: str, smallest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are put in their places where the calls are apart, and added up where they are not, or are asked to."""
+    case = next(case for case in mask_cases(47) if case.name == name)
+    cut = rectangles(case.mask, 47, smallest, most=9)
+
+    def cut_up(problem: Problem, mask: IntervalMask, backend: str) -> Choice:
+        parts = [] if cut.rest is None else [Part("reference", slice(0, 47), slice(0, 47), cut.rest)]
+        parts += [
+            Part("reference", slice(*part.rows), slice(*part.keys), part.mask(mask.device)) for part in cut.rectangles
+        ]
+        return Choice(tuple(parts), cut.rows_apart and (cut.keys_apart or not problem.backward))
+
+    q, k, v, dout = random_qkv(47, (4, 2), 8)
+    expected = dense_attention(q, k, v, case.allowed, dout)
+    monkeypatch.setattr(sys.modules[attend.__module__], "choose", cut_up)
+    out, lse = attend(q, k, v, case.mask)
+    gradients = attend_backward(dout, q, k, v, out, lse, case.mask)
+    for got, wanted in zip((out, lse, *gradients), expected, strict=True):
+        assert difference(got, wanted) < 1e-12
+    total = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
+    sums = tuple(torch.zeros_like(x) for x in (q, k, v))
+    attend(q, k, v, case.mask, accumulate=total)
+    attend_backward(dout, q, k, v, out, lse, case.mask, accumulate=sums)
+    for got, wanted in zip((*total, *sums), expected, strict=True):
+        assert difference(got, wanted) < 1e-12

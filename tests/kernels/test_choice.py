@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from farspan.kernels import IntervalMask, masks, rates
-from farspan.kernels.choice import alone, check_backend, in_words, parts
+from farspan.kernels.choice import check_backend, choose, in_words
 from farspan.kernels.problem import Problem
 from farspan.kernels.rates import Rates
 
@@ -37,7 +37,7 @@ def table(**rates_by_backend: tuple[float, float, float]) -> Rates:
 
 
 def chosen(problem: Problem, mask: IntervalMask, backend: str = "auto") -> str:
-    return in_words(parts(problem, mask, backend))
+    return in_words(choose(problem, mask, backend).parts)
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +52,8 @@ def use(monkeypatch: pytest.MonkeyPatch, made_up: Rates) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_fastest_backend_takes_a_mask_that_is_one_rectangle(backward: bool) -> None:
     problem = replace(PROBLEM, backward=backward)
-    (part,) = parts(problem, masks.causal(LENGTH), "auto")
+    (part,) = choose(problem, masks.causal(LENGTH), "auto").parts
     assert (part.backend, part.rows, part.keys) == ("cudnn", slice(0, LENGTH), slice(0, LENGTH))
-    assert alone([part], problem, masks.causal(LENGTH))
     assert chosen(problem, FULL) == "triton"
 
 
@@ -80,7 +79,8 @@ def test_documents_go_to_a_library_only_where_they_are_large(monkeypatch: pytest
     problem = replace(PROBLEM, keys=length)
     large, small = (masks.causal(length, range(0, length + 1, length // n)) for n in (4, 256))
     assert chosen(problem, large) == "4 cudnn"
-    assert not alone(parts(problem, large, "auto"), problem, large)
+    assert choose(problem, large, "auto").apart
+    assert choose(replace(problem, backward=True), large, "auto").apart
     assert chosen(problem, small) == "triton"
     use(monkeypatch, table(triton=(400, 500, 580), cudnn=(600, 450, 0)))
     assert chosen(problem, masks.causal(length, range(0, length + 1, length // 4))) == "triton"
@@ -90,9 +90,9 @@ def test_the_rest_of_a_mask_goes_to_triton() -> None:
     length = 65536
     edges = [0, 40000, 65000, *range(65100, length, 100), length]
     mask = masks.causal(length, edges)
-    found = parts(replace(PROBLEM, keys=length), mask, "auto")
-    assert [part.backend for part in found] == ["cudnn", "cudnn", "triton"]
-    area = found[-1].mask.area()
+    found = choose(replace(PROBLEM, keys=length), mask, "auto").parts
+    assert [part.backend for part in found] == ["triton", "cudnn", "cudnn"]
+    area = found[0].mask.area()
     assert area == sum((b - a) * (b - a + 1) // 2 for a, b in pairwise(edges[2:]))
     assert area + sum((b - a) * (b - a + 1) // 2 for a, b in pairwise(edges[:3])) == mask.area()
 
@@ -112,7 +112,7 @@ def test_rows_that_travel_do_not_meet_a_library() -> None:
     problem = replace(PROBLEM, backward=True, out_given=False)
     assert chosen(problem, masks.causal(LENGTH)) == "triton"
     with pytest.raises(ValueError, match=r"attention.backend is 'cudnn', but cudnn .* needs the global out"):
-        parts(problem, masks.causal(LENGTH), "cudnn")
+        choose(problem, masks.causal(LENGTH), "cudnn")
 
 
 def test_without_a_gpu_auto_is_the_reference() -> None:
@@ -121,8 +121,8 @@ def test_without_a_gpu_auto_is_the_reference() -> None:
 
 def test_a_choice_is_made_once_a_mask_and_problem() -> None:
     mask = masks.causal(LENGTH)
-    assert parts(PROBLEM, mask, "auto") is parts(replace(PROBLEM), mask, "auto")
-    assert parts(PROBLEM, mask, "auto") is not parts(replace(PROBLEM, accumulate=True), mask, "auto")
+    assert choose(PROBLEM, mask, "auto") is choose(replace(PROBLEM), mask, "auto")
+    assert choose(PROBLEM, mask, "auto") is not choose(replace(PROBLEM, accumulate=True), mask, "auto")
 
 
 def test_an_explicit_library_computes_what_is_made_of_rectangles() -> None:
@@ -137,7 +137,7 @@ def test_an_explicit_library_computes_what_is_made_of_rectangles() -> None:
 )
 def test_an_explicit_library_refuses_other_masks(mask: IntervalMask) -> None:
     with pytest.raises(ValueError, match=r"attention.backend is 'flash', .* not 64 or fewer of them; set it to auto"):
-        parts(PROBLEM, mask, "flash")
+        choose(PROBLEM, mask, "flash")
 
 
 @pytest.mark.parametrize(
@@ -159,5 +159,5 @@ def test_refusals_name_the_key(backend: str, change: dict[str, object], words: s
     assert words in str(caught.value)
     assert str(caught.value).endswith("; set it to auto")
     with pytest.raises(ValueError, match=r"attention.backend is"):
-        parts(problem, masks.causal(LENGTH), backend)
+        choose(problem, masks.causal(LENGTH), backend)
     check_backend(problem, "auto")

@@ -42,16 +42,16 @@ def test_what_was_not_measured() -> None:
     unmeasured = Rates("", "", "", "", {key: TABLE.points[key] for key in TABLE.points if "lists" not in key})
     assert unmeasured.rate("triton", "lists", False, 1024, 128) == 200
     work = Work("full", 4096, 4096, 4096**2, 4096)
-    assert call_seconds(TABLE, problem(4096), "triton", work, adds=False) == math.inf
+    assert call_seconds(TABLE, problem(4096), "triton", work, "make") == math.inf
 
 
 def test_seconds_are_flops_by_rate_and_bytes_that_are_added() -> None:
     given = problem(4096)
     work = Work.of_mask(masks.causal(4096), given)
     assert (work.kind, work.length, work.pairs) == ("causal", 4096, 2 * 4096 * 4097 // 2)
-    alone = call_seconds(TABLE, given, "triton", work, adds=False)
+    alone = call_seconds(TABLE, given, "triton", work, "make")
     assert alone == pytest.approx(4 * 128 * 32 * work.pairs / 400e12, rel=0.05)
-    added = call_seconds(TABLE, given, "triton", work, adds=True)
+    added = call_seconds(TABLE, given, "triton", work, "add")
     assert added - alone == pytest.approx(2 * 4096 * 32 * 128 * 6 / 4e12)
 
 

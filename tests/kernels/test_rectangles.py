@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.oracle import mask_cases
 
-from farspan.kernels import masks
+from farspan.kernels import IntervalMask, masks
 from farspan.kernels.rectangles import rectangles
 
 
@@ -49,3 +49,32 @@ def test_packed_documents_are_causal_squares_and_windows_are_left() -> None:
     assert cut.rectangles == ()
     assert cut.rest is not None
     assert cut.rest.area() == window.area()
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows_apart", "keys_apart"),
+    [
+        (masks.causal(96, [0, 40, 41, 96]), True, True),
+        (masks.star(96, 32, 8, [96]), False, False),
+        (masks.prefix_lm(96, [40]), False, False),
+        (
+            IntervalMask(*(torch.tensor([[x] * 48 + [y] * 48]) for x, y in ((0, 0), (40, 50), (0, 0), (0, 0)))),
+            True,
+            False,
+        ),
+        (masks.full(96), True, True),
+    ],
+    ids=["documents", "star", "prefix", "two rectangles", "full"],
+)
+def test_whose_results_meet(mask: IntervalMask, rows_apart: bool, keys_apart: bool) -> None:
+    cut = rectangles(mask, 96, 8)
+    assert (cut.rows_apart, cut.keys_apart) == (rows_apart, keys_apart)
+
+
+def test_keys_that_the_rest_sees_are_not_apart() -> None:
+    begin, end = torch.zeros(1, 96, dtype=torch.int32), torch.full((1, 96), 40)
+    end[0, 90] = 7  # a run of its own, too small to be cut out
+    cut = rectangles(IntervalMask(begin, end, begin, begin), 96, 16)
+    assert cut.rest is not None
+    assert cut.rows_apart
+    assert not cut.keys_apart
