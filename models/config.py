@@ -59,6 +59,10 @@ class ModelConfig(BaseModel):
             raise ValueError(f"model.heads {self.heads} must be a multiple of model.kv_heads {self.kv_heads}")
         return self
 
+    def heads_of_rank(self, tensor: int) -> tuple[int, int]:
+        """Query and kv heads of one of `tensor` ranks."""
+        return self.heads // tensor, self.kv_heads // tensor
+
     def check_tensor_degree(self, tensor: int) -> None:
         """ValueError, naming the key, when `tensor` ranks cannot share these layers evenly."""
         for key in ("heads", "kv_heads", "feed_forward_size", "vocabulary_size"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class _PlannedAttention(torch.autograd.Function):
         return run.dq.to(q.dtype), run.dk.to(k.dtype), run.dv.to(v.dtype), None
 
 
-class _Run:
+class _Run(ABC):
     """The loop. `_Forward` and `_Backward` say what an operand is, what a piece computes and how results add up."""
 
     direction: str
@@ -209,15 +210,17 @@ class _Run:
         for whole, part in zip(frame.totals, total):
             whole.index_copy_(slot_dim(whole), rows.slots, part)
 
+    @abstractmethod
     def compute(self, piece: PreparedPiece) -> None:
-        raise NotImplementedError
+        """Calls the kernel, and adds what it could not add in place."""
 
+    @abstractmethod
     def combine(self, total: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> None:
-        raise NotImplementedError
+        """Adds a result to a total in place."""
 
+    @abstractmethod
     def nothing(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The total of rows for which nothing was computed yet."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)

@@ -14,6 +14,8 @@ from farspan.kernels import accumulation_dtype
 from farspan.parallel.plan import Move, Plan, parts
 from farspan.parallel.streams import SideStream
 
+Layout = list[tuple[torch.Size, torch.dtype]]
+"""Shape and dtype of each tensor of a move."""
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 
@@ -47,7 +49,7 @@ class Wire:
         self.bytes_sent = 0
         self._stream = SideStream(like.device)
         self._stream.follow()  # the rank's own tensors are being made
-        self._arriving: dict[int, list[tuple[list[Move], Tensor]]] = defaultdict(list)
+        self._arriving: dict[int, list[tuple[list[tuple[Move, Layout]], Tensor]]] = defaultdict(list)
         self._works: dict[int, list[dist.Work]] = defaultdict(list)
         self._sent: dict[int, list[Tensor]] = defaultdict(list)
         self._payloads: list[Tensor] = []
@@ -71,9 +73,9 @@ class Wire:
                     self._sent[deadline.stop].append(message)
                     operations.append(dist.P2POp(dist.isend, message, dist.get_global_rank(group, peer), group))
                 for peer, moves in _grouped(receives.get(deadline, []), lambda move: move.src).items():
-                    size = sum(self._bytes(shape, dtype) for move in moves for shape, dtype in self._layout(move))
-                    message = self._buffer(size)
-                    self._arriving[deadline.stop].append((moves, message))
+                    layouts = [(move, self._layout(move)) for move in moves]
+                    message = self._buffer(sum(self._bytes(*of) for _, layout in layouts for of in layout))
+                    self._arriving[deadline.stop].append((layouts, message))
                     operations.append(dist.P2POp(dist.irecv, message, dist.get_global_rank(group, peer), group))
                 self._works[deadline.stop] += dist.batch_isend_irecv(operations)
         # What was given may not be overwritten before the stream has read it.
@@ -90,14 +92,14 @@ class Wire:
         self._payloads.clear()
         for message in self._sent.pop(stage, []):  # the stream has waited for it
             self._free[message.numel()].append((message, None))
-        for moves, message in self._arriving.pop(stage, []):
+        for layouts, message in self._arriving.pop(stage, []):
             # Operands come back through `release`; a result is dropped when its addition is launched, not done.
-            if moves[0].home:
+            if layouts[0][0].home:
                 self._stream.lend(message)
             at = 0
-            for move in moves:
+            for move, layout in layouts:
                 tensors = []
-                for shape, dtype in self._layout(move):
+                for shape, dtype in layout:
                     size = self._bytes(shape, dtype)
                     tensors.append(message[at : at + size].view(dtype).view(shape))
                     at += size
@@ -129,7 +131,7 @@ class Wire:
                 raise ValueError(f"{move} carries {tuple(shape)}, got {tuple(tensor.shape)}")
             yield tensor.to(dtype).contiguous().view(-1).view(torch.uint8)
 
-    def _layout(self, move: Move) -> list[tuple[torch.Size, torch.dtype]]:
+    def _layout(self, move: Move) -> Layout:
         return [
             (
                 torch.Size(

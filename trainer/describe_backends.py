@@ -17,12 +17,13 @@ from farspan.trainer.config import ConfigError, RunConfig
 
 def attention_problem(config: RunConfig, capability: tuple[int, int] | None) -> Problem:
     """One rank's own rows as attention sees them; `capability` is the GPU's, None on a CPU."""
-    train, model, tensor = config.train, config.model, config.parallel.tensor
+    train, model = config.train, config.model
+    heads, kv_heads = model.heads_of_rank(config.parallel.tensor)
     return Problem(
         batch=train.micro_batch_rows,
         keys=train.sequence_length // config.parallel.context,
-        heads=model.heads // tensor,
-        kv_heads=model.kv_heads // tensor,
+        heads=heads,
+        kv_heads=kv_heads,
         head_dim=model.head_dim,
         value_dim=model.head_dim,
         dtype=torch.bfloat16 if train.dtype == "bf16" else torch.float32,

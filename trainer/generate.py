@@ -158,8 +158,7 @@ def _load_model(ready: Ready, mesh: Mesh, say: Callable[[str], None]) -> Decoder
 
 def _share(ready: Ready, length: int, mesh: Mesh, say: Callable[[str], None]) -> Share:
     """How the text is read: as in training, a document of less than two blocks is dense."""
-    star, tensor = ready.star, mesh.degrees.tensor
-    heads = (ready.model.heads // tensor, ready.model.kv_heads // tensor)
+    star, heads = ready.star, ready.model.heads_of_rank(mesh.degrees.tensor)
     if star is None or length < 2 * star.block:
         say("the text is read with dense attention" + (", for it has less than two blocks" if star else ""))
         return prefill.dense(length, mesh, heads)

@@ -109,7 +109,7 @@ class _Layer:
         tokens, size = order.slots * train.micro_batch_rows, _itemsize(config)
         stream = tokens * model.hidden_size * size
         divided = stream // (tensor if config.parallel.sequence_parallel else 1)
-        heads, kv_heads = model.heads // tensor, model.kv_heads // tensor
+        heads, kv_heads = model.heads_of_rank(tensor)
         queries = tokens * heads * model.head_dim * size
         rows = queries + 2 * tokens * kv_heads * model.head_dim * size
         results = queries + 4 * tokens * heads

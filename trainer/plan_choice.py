@@ -23,8 +23,7 @@ from farspan.trainer.describe_backends import attention_problem
 
 def build_plan(config: RunConfig, name: str, order: Order, mask: IntervalMask) -> Plan:
     """The plan called `name` for one tensor rank's heads."""
-    parallel, model = config.parallel, config.model
-    heads = (model.heads // parallel.tensor, model.kv_heads // parallel.tensor)
+    parallel, heads = config.parallel, config.model.heads_of_rank(config.parallel.tensor)
     return plans.build(name, order, mask, heads, parallel.topology, parallel.gradient_wire)
 
 
