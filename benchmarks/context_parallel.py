@@ -35,6 +35,7 @@ from farspan.parallel.execute import attention
 from farspan.parallel.orders import Order
 from farspan.parallel.plans import Topology
 from farspan.parallel.prepare import prepare
+from farspan.parallel.streams import transfer_options
 from farspan.parallel.verify import verify
 
 MASKS = ("causal", "documents", "window", "star")
@@ -83,13 +84,13 @@ def main() -> None:
         options.backend,
         options.trace,
     )
+    print_head(settings)
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(run_rank, (folder, settings), nprocs=max(options.gpus))
         rows = [json.loads(line) for line in (Path(folder) / "rows.jsonl").read_text().splitlines()]
     if options.output:
         with options.output.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    print_table(rows, settings)
 
 
 def run_rank(rank: int, folder: str, settings: Settings) -> None:
@@ -100,7 +101,8 @@ def run_rank(rank: int, folder: str, settings: Settings) -> None:
     world = max(settings.gpus)
     store = f"file://{folder}/store"
     dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=world)
-    groups = {n: dist.new_group(list(range(n))) for n in sorted({*settings.gpus, world})}
+    options = transfer_options(device) if os.environ.get("AB") != "normal" else None
+    groups = {n: dist.new_group(list(range(n)), pg_options=options) for n in sorted({*settings.gpus, world})}
     for n, group in groups.items():
         if rank < n:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -114,6 +116,7 @@ def run_rank(rank: int, folder: str, settings: Settings) -> None:
                 for direction in DIRECTIONS if alone else ():
                     row[f"{direction}_scaling"] = alone[direction] / (row[f"{direction}_ms"] * case.gpus)
                 if rank == 0:
+                    print(line(row), flush=True)
                     with (Path(folder) / "rows.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")
             dist.all_reduce(torch.zeros(1, device=device), group=groups[world])
@@ -244,7 +247,7 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def print_table(rows: list[dict[str, Any]], settings: Settings) -> None:
+def print_head(settings: Settings) -> None:
     query_heads, kv_heads = settings.heads
     print(
         f"{settings.length:,} tokens in all, {query_heads} heads over {kv_heads} x {settings.head_dim}, bf16, "
@@ -253,15 +256,17 @@ def print_table(rows: list[dict[str, Any]], settings: Settings) -> None:
     head = f"{'mask':<10} {'plan':<18}{'order':<12}{'GPUs':>5}"
     for direction in DIRECTIONS:
         head += f"{direction + ' ms':>13}{'TFLOP/s':>9}{'scaling':>9}{'exposed':>9}{'MB sent':>9}"
-    print(head + f"{'GiB':>7}")
-    for row in rows:
-        line = f"{row['mask']:<10} {row['plan']:<18}{row['order']:<12}{row['gpus']:>5}"
-        for d in DIRECTIONS:
-            scaling = row.get(f"{d}_scaling")
-            line += f"{row[f'{d}_ms']:>13.2f}{row[f'{d}_tflops']:>9.1f}"
-            line += f"{'' if scaling is None else f'{scaling:.3f}':>9}{row[f'{d}_exposed']:>9.2%}"
-            line += f"{row[f'{d}_mb_sent']:>9.1f}"
-        print(line + f"{row.get('peak_gib', float('nan')):>7.1f}")
+    print(head + f"{'GiB':>7}", flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    line = f"{row['mask']:<10} {row['plan']:<18}{row['order']:<12}{row['gpus']:>5}"
+    for d in DIRECTIONS:
+        scaling = row.get(f"{d}_scaling")
+        line += f"{row[f'{d}_ms']:>13.2f}{row[f'{d}_tflops']:>9.1f}"
+        line += f"{'' if scaling is None else f'{scaling:.3f}':>9}{row[f'{d}_exposed']:>9.2%}"
+        line += f"{row[f'{d}_mb_sent']:>9.1f}"
+    return line + f"{row.get('peak_gib', float('nan')):>7.1f}"
 
 
 def _together(group: dist.ProcessGroup, device: torch.device) -> None:
