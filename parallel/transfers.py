@@ -101,8 +101,10 @@ class Watch:
             torch.cuda.set_device(device)  # else the first look would make a context on the first GPU
         while (transfer := self.look()) is None:
             pass
-        sys.excepthook(TransferError, transfer.error(), None)  # to the launcher if there is one, else to stderr
-        os._exit(1)
+        try:
+            sys.excepthook(TransferError, transfer.error(), None)  # to the launcher if there is one, else to stderr
+        finally:
+            os._exit(1)
 
 
 @cache
