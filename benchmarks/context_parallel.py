@@ -102,7 +102,7 @@ def run_rank(rank: int, folder: str, settings: Settings) -> None:
     world = max(settings.gpus)
     store = f"file://{folder}/store"
     dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=world)
-    options = transfer_options(device) if os.environ.get("AB") != "normal" else None
+    options = transfer_options(device)
     groups = {n: dist.new_group(list(range(n)), pg_options=options) for n in sorted({*settings.gpus, world})}
     for n, group in groups.items():
         if rank < n:
@@ -233,13 +233,6 @@ def idle_share(
         profiler.export_chrome_trace(str(trace / name))
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     computing = [(e.time_range.start, e.time_range.end) for e in events if "nccl" not in e.name.lower()]
-    odd = [
-        (e.name[:60], e.time_range.end - e.time_range.start)
-        for e in events
-        if e.time_range.end - e.time_range.start > 1e6 * seconds
-    ]
-    if odd:
-        print("ODD", odd[:4], seconds, flush=True)
     return 1 - covered(computing) * 1e-6 / seconds
 
 

@@ -62,7 +62,7 @@ def train_on(
     """Trains on a mesh that exists; collective over all its ranks. `report` gets lines on every rank."""
     directory, leads = config.run.dir, dist.get_rank() == 0
     store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
-    state = RunState(store, config, str(mesh.degrees), preflight.prepared.fingerprint)
+    state = RunState(store, config, preflight.model, str(mesh.degrees), preflight.prepared.fingerprint)
     found = _find_checkpoint(store, state, mesh, resume)
     if leads:
         describe_changes(directory / "config.yaml", config, report)

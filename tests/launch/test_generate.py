@@ -22,7 +22,6 @@ TEXT = "def load(path):\n    return open(path).read()\n\n\n" * 12
 QUESTION = "def save("
 RING = ("parallel.plan=ring", "parallel.order=zigzag")
 MODEL = {
-    "vocabulary_size": 384,
     "hidden_size": 64,
     "layers": 2,
     "heads": 4,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from farspan.models.config import ModelConfig
 from farspan.trainer.checkpoint.store import CheckpointStore, Found
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.trainer import Trainer
@@ -17,14 +18,16 @@ from farspan.trainer.trainer import Trainer
 class RunState:
     """Saves a trainer to a store, and puts back what was saved on the same layout, bit for bit."""
 
-    def __init__(self, store: CheckpointStore, config: RunConfig, layout: str, data_fingerprint: str) -> None:
+    def __init__(
+        self, store: CheckpointStore, config: RunConfig, model: ModelConfig, layout: str, data_fingerprint: str
+    ) -> None:
         self.store, self.config = store, config
         # What must be the same for a resumed run to go on; the rest of the configuration may change.
         self.identity = {
             "layout": layout,
             "parallel.zero_stage": config.parallel.zero_stage,
             "train.dtype": config.train.dtype,
-            "model": config.model.model_dump(mode="json", exclude={"preset"}),
+            "model": model.model_dump(mode="json", exclude={"preset"}),
             "data (fingerprint)": data_fingerprint,
             "run.seed": config.run.seed,
             "train.tokens_per_step": config.train.tokens_per_step,

@@ -47,13 +47,9 @@ def forward(
     row_tiles = -(-rows // (shape.consumers * shape.rows))
     programs = batch * heads * row_tiles
     if lists is None:
-        # Programs that stay walk over row tiles; lists are of any length, there the hardware balances better.
-        import os
-
-        programs = min(
-            programs,
-            int(os.environ.get("AB_PROGRAMS", "1")) * torch.cuda.get_device_properties(q.device).multi_processor_count,
-        )
+        # Programs that stay walk over row tiles; lists are of any length, there the hardware balances better. Four for
+        # each multiprocessor, one after another: where a transfer holds some, the others take what these would have.
+        programs = min(programs, 4 * torch.cuda.get_device_properties(q.device).multi_processor_count)
     forward_kernel[(programs,)](
         _descriptor(q, shape.rows),
         _descriptor(k, shape.keys),
