@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 from unittest.mock import patch
 
 import pytest
@@ -14,44 +14,21 @@ import torch.distributed as dist
 from support.oracle import dense_attention, difference, mask_cases, random_qkv
 from support.plan_cases import ORDERS, PlanCase, order_case, plan_cases
 from support.pool import Pool
+from support.run_plan import run_plan
 
 from farspan.kernels import IntervalMask, accumulation_dtype, attend, attend_backward, masks
 from farspan.parallel import orders, plans
 from farspan.parallel.execute import _Backward, attention
-from farspan.parallel.plan import Plan, Schedule
+from farspan.parallel.plan import Schedule
 from farspan.parallel.plans import Topology
 from farspan.parallel.prepare import prepare
 from farspan.parallel.verify import verify
-from farspan.parallel.wire import Wire
 
 pytestmark = pytest.mark.distributed
 
 WORLDS = (1, 2, 3, 4, 6, 8)
 # Query heads that the ranks do not divide, fewer kv heads than ranks, and groups that the shares of heads cut.
 HEADS = {1: (6, 2), 2: (4, 1), 3: (4, 2), 4: (6, 2), 6: (4, 4), 8: (6, 3)}
-
-
-def run_plan(
-    rank: int, plan: Plan, order: orders.Order, mask: IntervalMask, whole: tuple[torch.Tensor, ...]
-) -> tuple[list[torch.Tensor], dict[str, int]]:
-    """out, lse, dq, dk, dv of this rank's slots, and the bytes that it sent. Padding slots hold garbage."""
-    q, k, v, dout = (order.shard(x, rank, padding=7.0) for x in whole)
-    local = [x.requires_grad_() for x in (q, k, v)]
-    sent = {"forward": 0, "backward": 0}
-    send = Wire.send
-
-    def counting(wire: Wire, *arguments: Any) -> None:
-        before = wire.bytes_sent
-        send(wire, *arguments)
-        sent["backward" if wire.backward else "forward"] += wire.bytes_sent - before
-
-    Wire.send = counting  # type: ignore[method-assign]
-    try:
-        out, lse = attention(*local, prepare(plan, order, mask, rank), dist.group.WORLD)
-        out.backward(dout)
-    finally:
-        Wire.send = send  # type: ignore[method-assign]
-    return [out.detach(), lse, *(x.grad for x in local)], sent
 
 
 def check_case(rank: int, world: int, length: int, case_name: str, order_name: str, cases: Sequence[PlanCase]) -> float:
