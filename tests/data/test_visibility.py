@@ -46,7 +46,8 @@ def star(mode: str) -> Star:
 
 @pytest.mark.parametrize("mode", ["lm", "sft"])
 def test_the_mask_is_that_of_the_definition(mode: str) -> None:
-    mask = make_batch(ROWS, orders.zigzag(LENGTH, 2), 0, visibility=Visibility(star=star(mode))).mask
+    seen = Visibility(star=star(mode))
+    mask = make_batch(ROWS, orders.zigzag(LENGTH, 2), 0, visibilities=[seen]).masks[seen]
     visible = mask.visible(slice(0, LENGTH), slice(0, LENGTH))
     for number in (0, 1):
         expected = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
@@ -86,7 +87,7 @@ def test_labels_are_those_of_the_row() -> None:
     answer = np.arange(LENGTH) >= 52
     asked = replace(ROWS[1], labels=np.where(answer, ROWS[1].labels, -100), valid=5)
     parts = [
-        make_batch([asked], orders.zigzag(LENGTH, 3), rank, visibility=Visibility(star=star("sft")))
+        make_batch([asked], orders.zigzag(LENGTH, 3), rank, visibilities=[Visibility(star=star("sft"))])
         for rank in (0, 1, 2)
     ]
     assert sum(part.valid for part in parts) == 5

@@ -177,11 +177,13 @@ def test_context_ranks_derive_the_same_plan_of_their_batch(prepared: Prepared, p
     digests = []
     for step in range(2):
         made = [feed.decoder_input(feed.training_batches(step)[0]) for feed in feeds]
-        digests.append({batch.plan.plan.digest() for batch in made})
+        digests.append({prepared.plan.digest() for batch in made for prepared in batch.plans})
         for rank, (feed, batch) in enumerate(zip(feeds, made)):
-            assert batch.plan.rank == rank
-            assert batch.plan.plan.name == plan
-            assert batch.plan.plan.heads == (4, 2)
+            (prepared_plan,) = set(batch.plans)
+            assert len(batch.plans) == feed.config.model.layers
+            assert prepared_plan.rank == rank
+            assert prepared_plan.plan.name == plan
+            assert prepared_plan.plan.heads == (4, 2)
             assert batch.group is feed.mesh.links
             slots = feed.arrangement.order().slots
             assert batch.tokens.shape == batch.labels.shape == batch.rotary_positions.shape == (2, slots)
