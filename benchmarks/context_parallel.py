@@ -4,7 +4,8 @@
 
 TFLOP/s a GPU are the visible pairs' FLOPs over (the slowest rank's time x ranks): the metric, and with causal and
 document masks the cases, of LongCA-bench (arXiv:2510.17896). `scaling` is one GPU's time over (time x ranks), on the
-same total work. `exposed` is the share of the time in which no kernel computes, on the rank where it is largest.
+same total work. `exposed` is the share of the time in which no kernel computes, on the rank where it is smallest: the
+one that the others wait for. `idle` is that share on the rank where it is largest.
 Without GPUs it runs over gloo on CPUs with the reference backend, for trying the script out.
 """
 
@@ -35,6 +36,7 @@ from farspan.parallel.execute import attention
 from farspan.parallel.orders import Order
 from farspan.parallel.plans import Topology
 from farspan.parallel.prepare import prepare
+from farspan.parallel.streams import transfer_options
 from farspan.parallel.verify import verify
 
 MASKS = ("causal", "documents", "window", "star")
@@ -83,13 +85,13 @@ def main() -> None:
         options.backend,
         options.trace,
     )
+    print_head(settings)
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(run_rank, (folder, settings), nprocs=max(options.gpus))
         rows = [json.loads(line) for line in (Path(folder) / "rows.jsonl").read_text().splitlines()]
     if options.output:
         with options.output.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    print_table(rows, settings)
 
 
 def run_rank(rank: int, folder: str, settings: Settings) -> None:
@@ -100,7 +102,8 @@ def run_rank(rank: int, folder: str, settings: Settings) -> None:
     world = max(settings.gpus)
     store = f"file://{folder}/store"
     dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=world)
-    groups = {n: dist.new_group(list(range(n))) for n in sorted({*settings.gpus, world})}
+    options = transfer_options(device) if os.environ.get("AB") != "normal" else None
+    groups = {n: dist.new_group(list(range(n)), pg_options=options) for n in sorted({*settings.gpus, world})}
     for n, group in groups.items():
         if rank < n:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -114,6 +117,7 @@ def run_rank(rank: int, folder: str, settings: Settings) -> None:
                 for direction in DIRECTIONS if alone else ():
                     row[f"{direction}_scaling"] = alone[direction] / (row[f"{direction}_ms"] * case.gpus)
                 if rank == 0:
+                    print(line(row), flush=True)
                     with (Path(folder) / "rows.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")
             dist.all_reduce(torch.zeros(1, device=device), group=groups[world])
@@ -158,7 +162,7 @@ def _order(plan: str, mask_name: str, length: int, gpus: int) -> Order:
 def measure(
     case: Case, settings: Settings, rank: int, group: dist.ProcessGroup, device: torch.device
 ) -> dict[str, Any]:
-    """Times are of the slowest rank, and the exposed share that of the worst."""
+    """Times are of the slowest rank."""
     plan = plans.build(case.plan, case.order, case.mask, settings.heads, case.topology, settings.gradient_wire)  # type: ignore[arg-type]
     report = verify(plan, case.order, case.mask, head_dim=settings.head_dim)
     prepared = prepare(plan, case.order, case.mask, rank, device)
@@ -189,15 +193,16 @@ def measure(
         for _ in range(2):
             run()
         seconds = statistics.median(timed(run, group, device) for _ in range(_ROUNDS))
-        exposed = exposed_share(run, group, device, case, direction, settings.trace)
-        worst = torch.tensor([seconds, exposed], dtype=torch.float64, device=device)
+        idle = idle_share(run, group, device, case, direction, settings.trace)
+        worst = torch.tensor([seconds, idle, -idle], dtype=torch.float64, device=device)
         dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
-        seconds, exposed = worst.tolist()
+        seconds, idle, exposed = worst.tolist()
         flops = products * settings.head_dim * settings.heads[0] * report.pairs
         row |= {
             f"{direction}_ms": seconds * 1e3,
             f"{direction}_tflops": flops / seconds / case.gpus / 1e12,
-            f"{direction}_exposed": exposed,
+            f"{direction}_exposed": -exposed,
+            f"{direction}_idle": idle,
             f"{direction}_mb_sent": max(report.bytes_sent(direction, 2, 4)) / 1e6,  # type: ignore[arg-type]
         }
     if device.type == "cuda":
@@ -214,25 +219,28 @@ def timed(run: Any, group: dist.ProcessGroup, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def exposed_share(
+def idle_share(
     run: Any, group: dist.ProcessGroup, device: torch.device, case: Case, direction: str, trace: Path | None
 ) -> float:
     """Of one run on this rank the share in which no kernel but NCCL's is at work, from the profiler's events."""
     if device.type != "cuda":
         return float("nan")
-    _together(group, device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        _synchronize(device)
+        seconds = timed(run, group, device)
     if trace is not None:
         trace.mkdir(parents=True, exist_ok=True)
         name = f"{case.mask_name}_{case.plan}_{case.gpus}_{direction}_rank{dist.get_rank()}.json"
         profiler.export_chrome_trace(str(trace / name))
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    spans = [(e.time_range.start, e.time_range.end) for e in events]
     computing = [(e.time_range.start, e.time_range.end) for e in events if "nccl" not in e.name.lower()]
-    whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
-    return 1 - covered(computing) / whole
+    odd = [
+        (e.name[:60], e.time_range.end - e.time_range.start)
+        for e in events
+        if e.time_range.end - e.time_range.start > 1e6 * seconds
+    ]
+    if odd:
+        print("ODD", odd[:4], seconds, flush=True)
+    return 1 - covered(computing) * 1e-6 / seconds
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
@@ -244,7 +252,7 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def print_table(rows: list[dict[str, Any]], settings: Settings) -> None:
+def print_head(settings: Settings) -> None:
     query_heads, kv_heads = settings.heads
     print(
         f"{settings.length:,} tokens in all, {query_heads} heads over {kv_heads} x {settings.head_dim}, bf16, "
@@ -252,16 +260,18 @@ def print_table(rows: list[dict[str, Any]], settings: Settings) -> None:
     )
     head = f"{'mask':<10} {'plan':<18}{'order':<12}{'GPUs':>5}"
     for direction in DIRECTIONS:
-        head += f"{direction + ' ms':>13}{'TFLOP/s':>9}{'scaling':>9}{'exposed':>9}{'MB sent':>9}"
-    print(head + f"{'GiB':>7}")
-    for row in rows:
-        line = f"{row['mask']:<10} {row['plan']:<18}{row['order']:<12}{row['gpus']:>5}"
-        for d in DIRECTIONS:
-            scaling = row.get(f"{d}_scaling")
-            line += f"{row[f'{d}_ms']:>13.2f}{row[f'{d}_tflops']:>9.1f}"
-            line += f"{'' if scaling is None else f'{scaling:.3f}':>9}{row[f'{d}_exposed']:>9.2%}"
-            line += f"{row[f'{d}_mb_sent']:>9.1f}"
-        print(line + f"{row.get('peak_gib', float('nan')):>7.1f}")
+        head += f"{direction + ' ms':>13}{'TFLOP/s':>9}{'scaling':>9}{'exposed':>9}{'idle':>9}{'MB sent':>9}"
+    print(head + f"{'GiB':>7}", flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    line = f"{row['mask']:<10} {row['plan']:<18}{row['order']:<12}{row['gpus']:>5}"
+    for d in DIRECTIONS:
+        scaling = row.get(f"{d}_scaling")
+        line += f"{row[f'{d}_ms']:>13.2f}{row[f'{d}_tflops']:>9.1f}"
+        line += f"{'' if scaling is None else f'{scaling:.3f}':>9}{row[f'{d}_exposed']:>9.2%}{row[f'{d}_idle']:>9.2%}"
+        line += f"{row[f'{d}_mb_sent']:>9.1f}"
+    return line + f"{row.get('peak_gib', float('nan')):>7.1f}"
 
 
 def _together(group: dist.ProcessGroup, device: torch.device) -> None:

@@ -15,6 +15,8 @@ from farspan.kernels.rectangles import Cut, Rectangle, rectangles
 
 # A mask that takes more calls of a library than this is not one for a library.
 _MOST_CALLS = 64
+# Rates differ by some per cent from run to run: several calls must be expected to save more than that over one.
+_SEVERAL_CALLS = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,8 @@ def _fastest(problem: Problem, mask: IntervalMask, deterministic: bool) -> Choic
         best = min(cost, key=lambda name: cost[name])
         pieces.append(_rectangle(part, mask, best))
         seconds += cost[best]
-    return Choice(tuple(pieces), apart) if pieces and seconds < whole_seconds else whole
+    worth = 1.0 if len(pieces) == 1 else _SEVERAL_CALLS
+    return Choice(tuple(pieces), apart) if pieces and seconds < worth * whole_seconds else whole
 
 
 def _apart(cut: Cut, problem: Problem) -> bool:

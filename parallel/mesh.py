@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from farspan.parallel.degrees import Degrees, MeshError
 from farspan.parallel.plan import LINKS
+from farspan.parallel.streams import transfer_options
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +47,11 @@ class Mesh:
             tensor_model_parallel_size=degrees.tensor,
             context_parallel_size=degrees.context,
             create_gloo_process_groups=False,
+            high_priority_stream_groups=["cp"] if device.type == "cuda" else None,
         )
         loss = parallel_state.get_data_parallel_group(with_context_parallel=True)
         context = parallel_state.get_context_parallel_group()
-        outer = _twin(context) if outer_link else context
+        outer = _twin(context, device) if outer_link else context
         mesh = cls(
             degrees=degrees,
             device=device,
@@ -83,10 +85,12 @@ class Mesh:
         parallel_state.destroy_model_parallel()
 
 
-def _twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def _twin(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
     """Another group of the same ranks; all ranks make all of these, in one order."""
     mine = dist.get_process_group_ranks(group)
     everyones: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
-    twins = {tuple(ranks): dist.new_group(ranks) for ranks in sorted({tuple(ranks) for ranks in everyones})}
+    options = transfer_options(device)
+    each = sorted({tuple(ranks) for ranks in everyones})
+    twins = {ranks: dist.new_group(list(ranks), pg_options=options) for ranks in each}
     return twins[tuple(mine)]

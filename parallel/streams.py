@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 class SideStream:
@@ -41,6 +43,11 @@ class SideStream:
     def after(self, mark: torch.cuda.Event | None) -> None:
         if self._side is not None and mark is not None:
             self._side.wait_event(mark)
+
+
+def transfer_options(device: torch.device) -> Any:
+    """Of a group that carries a plan's moves: its kernels are small, and go first where attention fills the GPU."""
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if device.type == "cuda" else None
 
 
 @cache

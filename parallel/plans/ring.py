@@ -38,8 +38,9 @@ def ring(
 
     **Ulysses** (DeepSpeed-Ulysses, arXiv:2309.14509). The `ulysses` ranks of a group first send each other their
     tokens for some of the heads: each is then a rank of a ring, with all tokens of its group and its share of the
-    heads. A kv head that several shares read goes to each of them, and its gradients add up at its owner. Nothing
-    exchanged is kept for the backward pass, which exchanges again: it costs little beside what the group computes.
+    heads. A kv head that several shares read goes to each of them, and its gradients add up at its owner. Heads are
+    exchanged in waves, one while the wave before it is computed. Nothing exchanged is kept for the backward pass, which
+    exchanges again: it costs little beside what the group computes.
     """
     build = _Build(order, mask, heads, inner or order.world // ulysses, ulysses)
     for share in shares(heads, ulysses):
@@ -65,7 +66,6 @@ class _Build:
     def __init__(self, order: Order, mask: IntervalMask, heads: tuple[int, int], inner: int, ulysses: int) -> None:
         self.inner, self.ulysses = inner, ulysses
         self.groups = order.world // ulysses
-        self.first_stage = 1 if ulysses > 1 else 0  # the exchange comes before it
         self.blocks: list[Block] = []
         self.pieces: list[Piece] = []
         self.forward: list[Move] = []  # operands, which go the same way in both directions
@@ -102,7 +102,7 @@ class _Build:
             keys, rank, stage = (
                 _chosen(kv_blocks, self.keys[chunk][holder]),
                 self._rank(holder, share),
-                self._stage(hop),
+                self._stage(share, hop),
             )
             self.pieces.append(Piece(rank, stage, rows, keys))
             for block in keys:
@@ -121,12 +121,12 @@ class _Build:
 
         owner, root = self.blocks[block].owner, at(0, 0)
         if owner != root:
-            self.forward.append(Move(block, owner, root, 0, 1, link="exchange"))
+            self.forward.append(Move(block, owner, root, share.wave, share.wave + 1, link="exchange"))
         complete = 0  # when all gradients are at the root
         behind: tuple[int, int] | None = None  # where the sum over the nodes so far is, and from which stage on
         for outer in range(used[-1][0] + 1):
             inner_uses = [inner for node, inner in used if node == outer]
-            entry, stage = at(outer, 0), self._stage((outer, 0))
+            entry, stage = at(outer, 0), self._stage(share, (outer, 0))
             if outer:
                 self.forward.append(Move(block, at(outer - 1, 0), entry, stage - self.inner, stage, link="outer"))
             last = max(inner_uses, default=0)
@@ -153,13 +153,13 @@ class _Build:
             self.home.append(Move(block, root, owner, complete, complete + 1, True, "exchange"))
 
     def exchange_rows(self, share: Share) -> None:
-        """Rows come for one share of the heads before the first stage, and their results go home after their last."""
+        """Rows come for one share of the heads before its first stage, and their results go home after its last."""
         for group in range(self.groups):
             rank = self._rank(group, share)
             for block in self._blocks("q", group, share.queries):
                 owner, last = self.blocks[block].owner, self.last_use.get((rank, block))
                 if owner != rank and last is not None:
-                    self.forward.append(Move(block, owner, rank, 0, 1, link="exchange"))
+                    self.forward.append(Move(block, owner, rank, share.wave, share.wave + 1, link="exchange"))
                     self.outputs.append(Move(block, rank, owner, last + 1, last + 2, True, "exchange"))
 
     def _blocks(self, side: str, group: int, heads: tuple[int, int]) -> list[int]:
@@ -177,8 +177,9 @@ class _Build:
         outer = self.groups // self.inner
         return (node + hop[0]) % outer * self.inner + (place + hop[1]) % self.inner
 
-    def _stage(self, hop: Hop) -> int:
-        return self.first_stage + hop[0] * self.inner + hop[1]
+    def _stage(self, share: Share, hop: Hop) -> int:
+        exchange = 1 if self.ulysses > 1 else 0
+        return share.wave + exchange + hop[0] * self.inner + hop[1]
 
     def _rank(self, group: int, share: Share) -> int:
         return group * self.ulysses + share.place

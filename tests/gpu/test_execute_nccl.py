@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from random import Random
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +18,8 @@ import torch.multiprocessing as multiprocessing
 from support.oracle import dense_attention, mask_cases, random_qkv
 from support.plan_cases import ORDERS, PlanCase, order_case, plan_cases
 
-from farspan.kernels import attend, attend_backward
-from farspan.parallel import orders, plans
+from farspan.kernels import attend, attend_backward, masks
+from farspan.parallel import execute, orders, plans
 from farspan.parallel.execute import attention
 from farspan.parallel.prepare import prepare
 
@@ -40,12 +45,18 @@ def test_the_reference_backend_on_a_gpu(dtype: torch.dtype, bound: float) -> Non
             assert _relative(got, wanted) < bound, case.name
 
 
-def _errors(rank: int, folder: str) -> None:
-    """Worst relative error of each dtype over orders x plans x masks, and of one rank alone, saved by rank 0."""
+def _join(rank: int, folder: str) -> None:
+    faulthandler.dump_traceback_later(60, repeat=True)  # where it hangs, if it does
+    torch.set_num_threads(1)  # the oracle's small sums
     torch.cuda.set_device(rank)
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     dist.all_reduce(torch.zeros(1, device="cuda"))
+
+
+def _errors(rank: int, folder: str) -> None:
+    """Error of each dtype, mask, plan and order, and of one rank alone, saved by rank 0."""
+    _join(rank, folder)
     results = {}
     for dtype, case in product((torch.float64, torch.bfloat16), mask_cases(LENGTH)):
         whole = random_qkv(LENGTH, HEADS, DIM, dtype=dtype)
@@ -86,3 +97,47 @@ def test_two_gpus_are_as_exact_as_one(tmp_path: Path) -> None:
             ratios += [a / b for a, b in zip(errors, one)]
     print(f"bf16 error on two GPUs over that on one: {min(ratios):.3f} to {max(ratios):.3f}")
     assert max(ratios) < 1.1
+
+
+def _bits(rank: int, folder: str) -> None:
+    """Runs that differ from the first although only the ranks' pace does: plan, order and number of the run."""
+    _join(rank, folder)
+    length, heads, dim, generator = 8192 + 77, (8, 4), 128, torch.Generator("cuda")
+    mask = masks.causal(length, [0, 3000, length])
+    different = []
+    for (name, topology), order_name in product(plan_cases(2), ("contiguous", "zigzag", "striped")):
+        order = order_case(order_name, length, 2)
+        generator.manual_seed(rank)
+        q, k, v, dout = (
+            torch.randn(1, order.slots, n, dim, device="cuda", dtype=torch.bfloat16, generator=generator)
+            for n in (8, 4, 4, 8)
+        )
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        prepared = prepare(plans.build(name, order, mask, heads, topology), order, mask, rank, "cuda")
+        first = None
+        for number in range(6):
+            pace = Random(10 * number + rank)
+            with mock.patch.multiple(execute, **{f.__name__: _late(f, pace) for f in (attend, attend_backward)}):
+                out, _ = attention(*inputs, prepared, dist.group.WORLD, backend="deterministic")
+                found = [out, *torch.autograd.grad(out, inputs, dout)]
+            first = first or found
+            if not all(map(torch.equal, first, found)):
+                different.append(f"{name}, {order.name}, run {number} of rank {rank}")
+    Path(folder, f"different{rank}").write_text("\n".join(different))
+    dist.destroy_process_group()
+
+
+def _late(kernel: Callable[..., Any], pace: Random) -> Callable[..., Any]:
+    """The kernel, before which its stream sleeps for up to two milliseconds: what is not waited for shows."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        torch.cuda._sleep(pace.choice((0, 0, 300_000, 3_000_000)))
+        return kernel(*args, **options)
+
+    return run
+
+
+@pytest.mark.multigpu
+def test_the_pace_of_ranks_changes_no_bit(tmp_path: Path) -> None:
+    multiprocessing.spawn(_bits, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / f"different{rank}").read_text() for rank in range(2)] == ["", ""]
