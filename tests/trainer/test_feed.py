@@ -13,10 +13,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from farspan.data.batch import Batch
 from farspan.data.prepared import Prepared
+from farspan.data.visibility import Window
 from farspan.models.config import ModelConfig
 from farspan.parallel import orders
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
+from farspan.parallel.verify import verify
 from farspan.trainer.config import RunConfig
 from farspan.trainer.feed import Feed
 
@@ -188,3 +190,22 @@ def test_context_ranks_derive_the_same_plan_of_their_batch(prepared: Prepared, p
             slots = feed.arrangement.order().slots
             assert batch.tokens.shape == batch.labels.shape == batch.rotary_positions.shape == (2, slots)
     assert [len(found) for found in digests] == [1, 1]
+
+
+def test_layers_have_the_plan_of_what_they_see(prepared: Prepared) -> None:
+    """Here the first of two layers has a window; `auto` chooses for each kind of layer by itself."""
+    changes = {
+        "parallel": {"context": 2, "plan": "auto"},
+        "attention": {"window": {"width": 4, "full_layers": [1]}, "across_documents": True},
+    }
+    feed = feed_of(prepared, Degrees(1, 2, 1), 0, 0, **changes)
+    narrow, full = feed.arrangement.layers
+    assert (narrow.window, full.window) == (Window(4), None)
+    batch = feed.training_batches(0)[0]
+    assert batch.masks[narrow].area() == 4 * LENGTH - 6
+    assert batch.masks[full].area() == LENGTH * (LENGTH + 1) // 2
+    for seen, made in zip((narrow, full), feed.decoder_input(batch).plans, strict=True):
+        reason = feed.plans[seen].reason
+        assert reason is not None
+        assert reason.startswith(f"for {seen.in_words}, parallel.plan auto is {made.plan.name}: ")
+        verify(made.plan, batch.order, batch.masks[seen])
