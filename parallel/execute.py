@@ -132,7 +132,7 @@ class _Run(ABC):
                     self.add(move.block, tensors)
                 else:
                     self.foreign[move.block] = tensors
-            self.wire.send([(move, self.payload(move)) for move in stage.sends], stage.receives)
+            self.wire.send(stage.number, [(move, self.payload(move)) for move in stage.sends], stage.receives)
             for piece in stage.pieces:
                 self.compute(piece)
             for block in stage.last_uses:

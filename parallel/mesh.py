@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class Mesh:
 
     @classmethod
     def create(cls, degrees: Degrees, device: torch.device, outer_link: bool = False) -> Mesh:
-        """Collective over all ranks of the default process group, which must exist.
+        """Collective over all ranks of the default process group, which must exist; all groups have its timeout.
 
         With `outer_link`, hops between nodes have a communicator of their own: on one they would queue with inner hops.
         """
@@ -43,11 +44,13 @@ class Mesh:
             raise MeshError(
                 f"{degrees} is a mesh of {degrees.world} processes, but {dist.get_world_size()} were started"
             )
+        timeout = _timeout(device)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=degrees.tensor,
             context_parallel_size=degrees.context,
             create_gloo_process_groups=False,
             high_priority_stream_groups=["cp"] if device.type == "cuda" else None,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
         loss = parallel_state.get_data_parallel_group(with_context_parallel=True)
         context = parallel_state.get_context_parallel_group()
@@ -60,7 +63,7 @@ class Mesh:
             shard=loss,
             context=context,
             tensor=parallel_state.get_tensor_model_parallel_group(),
-            control=dist.new_group(backend="gloo"),
+            control=dist.new_group(backend="gloo", timeout=timeout),
             links=dict.fromkeys(LINKS, context) | {"outer": outer},
         )
         # A communicator is made at its first collective, in which all its ranks must take part; two alone would hang.
@@ -85,12 +88,18 @@ class Mesh:
         parallel_state.destroy_model_parallel()
 
 
+def _timeout(device: torch.device) -> timedelta:
+    """How long operations of the default group may take; torch has no public name for it."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD._get_backend(device).options._timeout
+
+
 def _twin(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
     """Another group of the same ranks; all ranks make all of these, in one order."""
     mine = dist.get_process_group_ranks(group)
     everyones: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
-    options = transfer_options(device)
+    timeout, options = _timeout(device), transfer_options(device)
     each = sorted({tuple(ranks) for ranks in everyones})
-    twins = {ranks: dist.new_group(list(ranks), pg_options=options) for ranks in each}
+    twins = {ranks: dist.new_group(list(ranks), timeout, pg_options=options) for ranks in each}
     return twins[tuple(mine)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from farspan.kernels import accumulation_dtype
 from farspan.parallel.plan import Move, Plan, parts
 from farspan.parallel.streams import SideStream
+from farspan.parallel.transfers import Transfer
 
 Layout = list[tuple[torch.Size, torch.dtype]]
 """Shape and dtype of each tensor of a move."""
@@ -50,14 +51,14 @@ class Wire:
         self._stream = SideStream(like.device)
         self._stream.follow()  # the rank's own tensors are being made
         self._arriving: dict[int, list[tuple[list[tuple[Move, Layout]], Tensor]]] = defaultdict(list)
-        self._works: dict[int, list[dist.Work]] = defaultdict(list)
+        self._transfers: dict[int, list[Transfer]] = defaultdict(list)
         self._sent: dict[int, list[Tensor]] = defaultdict(list)
         self._payloads: list[Tensor] = []
         self._holder: dict[int, Tensor] = {}  # of each foreign operand here, the buffer
         self._free: dict[int, list[tuple[Tensor, torch.cuda.Event | None]]] = defaultdict(list)
 
-    def send(self, outgoing: list[tuple[Move, tuple[Tensor, ...]]], incoming: list[Move]) -> None:
-        """Posts all transfers that start at one stage; returns at once."""
+    def send(self, stage: int, outgoing: list[tuple[Move, tuple[Tensor, ...]]], incoming: list[Move]) -> None:
+        """Posts all transfers that start at this stage; returns at once."""
         sends = _grouped(outgoing, lambda item: _deadline(item[0]))
         receives = _grouped(incoming, _deadline)
         with self._stream.active():
@@ -77,17 +78,19 @@ class Wire:
                     message = self._buffer(sum(self._bytes(*of) for _, layout in layouts for of in layout))
                     self._arriving[deadline.stop].append((layouts, message))
                     operations.append(dist.P2POp(dist.irecv, message, dist.get_global_rank(group, peer), group))
-                self._works[deadline.stop] += dist.batch_isend_irecv(operations)
+                transfer = Transfer(self.plan.name, "backward" if self.backward else "forward", stage, deadline.stop)
+                transfer.post(operations)
+                self._transfers[deadline.stop].append(transfer)
         # What was given may not be overwritten before the stream has read it.
         self._payloads += [x for _, tensors in outgoing for x in tensors]
 
     def receive(self, stage: int) -> Iterator[tuple[Move, tuple[Tensor, ...]]]:
         """Everything whose deadline is this stage, in the plan's order; kernels launched from now on may read it."""
-        works = self._works.pop(stage, [])
-        if works or self._payloads:
+        transfers = self._transfers.pop(stage, [])
+        if transfers or self._payloads:
             with self._stream.active():
-                for work in works:
-                    work.wait()
+                for transfer in transfers:
+                    transfer.wait()
             self._stream.lead()
         self._payloads.clear()
         for message in self._sent.pop(stage, []):  # the stream has waited for it

@@ -107,6 +107,8 @@ class ParallelSection(_Section):
     """Tokens of one stripe of the striped order."""
     zero_stage: int = Field(1, ge=0, le=3)
     """What DeepSpeed shards over data x context ranks: nothing, optimizer state, also gradients, also weights."""
+    timeout_seconds: float = Field(1800, ge=1)
+    """How late a rank may be, through a slow step, compilation or a checkpoint, before the others give up and end."""
 
     @property
     def topology(self) -> Topology:

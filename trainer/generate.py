@@ -110,7 +110,7 @@ def run(request: Request) -> None:
         if rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    mesh = Mesh.create(ready.degrees, start_process_group())
+    mesh = Mesh.create(ready.degrees, start_process_group(ready.config.parallel.timeout_seconds))
     try:
         answer = _answer(ready, mesh, say)
         if rank == 0:

@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 
 
-def start_process_group() -> torch.device:
-    """As the rank that RANK and WORLD_SIZE name, or as the only one; the device of this rank."""
+def start_process_group(timeout_seconds: float) -> torch.device:
+    """As the rank that RANK and WORLD_SIZE name, or as the only one; the device of this rank.
+
+    A rank that waits for another one longer than `timeout_seconds` gives up.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -20,6 +23,6 @@ def start_process_group() -> torch.device:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    # A rank waits for the slowest one, and one step over a million tokens takes minutes.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1), device_id=device if cuda else None)
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     return device

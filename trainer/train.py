@@ -44,7 +44,7 @@ def run(config: RunConfig, resume: bool = True) -> None:
     lock = RunLock(config.run.dir)
     if rank == 0:
         lock.acquire()
-    device = start_process_group()
+    device = start_process_group(config.parallel.timeout_seconds)
     # Handlers only now: a rank that waits for others, one of which was refused the lock, must end on SIGTERM.
     with StopRequest() as stop:
         mesh = Mesh.create(preflight.degrees, device, outer_link=config.parallel.inner is not None)

@@ -24,6 +24,9 @@ from farspan.parallel.execute import attention
 from farspan.parallel.prepare import prepare
 
 LENGTH, HEADS, DIM = 515, (4, 2), 64
+BACKENDS = {"reference": torch.float64, "triton": torch.bfloat16, "auto": torch.bfloat16}
+# Libraries round each partial result to bf16, our kernels keep it in fp32.
+MOST = {"triton": 1.1, "auto": 1.5}
 
 
 def _relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -55,10 +58,10 @@ def _join(rank: int, folder: str) -> None:
 
 
 def _errors(rank: int, folder: str) -> None:
-    """Error of each dtype, mask, plan and order, and of one rank alone, saved by rank 0."""
+    """Error of each backend, mask, plan and order, and of one rank alone, saved by rank 0."""
     _join(rank, folder)
     results = {}
-    for dtype, case in product((torch.float64, torch.bfloat16), mask_cases(LENGTH)):
+    for (backend, dtype), case in product(BACKENDS.items(), mask_cases(LENGTH)):
         whole = random_qkv(LENGTH, HEADS, DIM, dtype=dtype)
         expected = dense_attention(*whole[:3], case.allowed, whole[3])
         layouts = [(PlanCase("single"), orders.contiguous(LENGTH, 1))]
@@ -69,7 +72,7 @@ def _errors(rank: int, folder: str) -> None:
             local = [x.requires_grad_() for x in (q, k, v)]
             plan = plans.build(name, order, case.mask, HEADS, topology)
             group = None if order.world == 1 else dist.group.WORLD
-            out, _ = attention(*local, prepare(plan, order, case.mask, mine, "cuda"), group)
+            out, _ = attention(*local, prepare(plan, order, case.mask, mine, "cuda"), group, backend=backend)
             out.backward(dout)
             pairs = zip((out.detach(), *(x.grad for x in local)), (expected[0], *expected[2:]))
             errors = torch.tensor(
@@ -78,7 +81,7 @@ def _errors(rank: int, folder: str) -> None:
             if order.world == 2:
                 errors = errors.cuda()
                 dist.all_reduce(errors)
-            results[str(dtype), case.name, name, order.name] = errors.sqrt().tolist()
+            results[backend, case.name, name, order.name] = errors.sqrt().tolist()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
@@ -88,15 +91,15 @@ def _errors(rank: int, folder: str) -> None:
 def test_two_gpus_are_as_exact_as_one(tmp_path: Path) -> None:
     multiprocessing.spawn(_errors, (str(tmp_path),), nprocs=2)
     results = torch.load(tmp_path / "results.pt")
-    ratios = []
-    for (dtype, case, name, order), errors in results.items():
-        if "float64" in dtype:
+    worst = dict.fromkeys(MOST, 0.0)
+    for (backend, case, name, order), errors in results.items():
+        if backend == "reference":
             assert max(errors) < 1e-10, (case, name, order)
         else:
-            one = results[dtype, case, "single", "contiguous"]
-            ratios += [a / b for a, b in zip(errors, one)]
-    print(f"bf16 error on two GPUs over that on one: {min(ratios):.3f} to {max(ratios):.3f}")
-    assert max(ratios) < 1.1
+            one = results[backend, case, "single", "contiguous"]
+            worst[backend] = max(worst[backend], *(a / b for a, b in zip(errors, one)))
+    print(f"bf16 error on two GPUs over that on one, at most: {worst}")
+    assert all(worst[backend] <= most for backend, most in MOST.items())
 
 
 def _bits(rank: int, folder: str) -> None:

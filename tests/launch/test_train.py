@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,6 +214,19 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, prepared: Path) 
     assert err.count("Traceback") == 1
     after = {path: path.read_bytes() for path in (run.directory / "checkpoints").rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_rank_killed_in_the_middle_of_a_stage_ends_the_run(tmp_path: Path, prepared: Path) -> None:
+    run, logs = Run(tmp_path / "run", prepared), tmp_path / "logs"
+    workers = Path(__file__).parent / "workers"
+    command = [sys.executable, "launcher.py", str(logs), "2", "60", "dying", str(run.config)]
+    done = subprocess.run(command, cwd=workers, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("Rank 1 was ended by SIGKILL")
+    assert [row["step"] for row in run.rows()] == [1]
+    (seen,) = logs.glob("*/rank_0.stderr.log")
+    words = r"TransferError: rank 0 waited .* rank 1, .* stage 1 of the backward pass of plan ring; that rank died"
+    assert re.search(words, seen.read_text()), seen.read_text()
 
 
 def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path: Path, prepared: Path) -> None:

@@ -64,7 +64,7 @@ def counted_calls() -> Iterator[Counter[str]]:
         mock.patch.object(Layer, "forward", counting("layers", Layer.forward, lambda *_: 1)),
         mock.patch.object(execute, "attend", counting("forward", execute.attend, lambda *_: 1)),
         mock.patch.object(execute, "attend_backward", counting("backward", execute.attend_backward, lambda *_: 1)),
-        mock.patch.object(Wire, "send", counting("sent", Wire.send, lambda wire, outgoing, incoming: len(outgoing))),
+        mock.patch.object(Wire, "send", counting("sent", Wire.send, lambda wire, stage, outgoing, _: len(outgoing))),
     ):
         yield calls
 

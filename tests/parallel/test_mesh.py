@@ -88,6 +88,22 @@ def test_groups_of_four_ranks(pool: Pool, data: int, context: int, tensor: int) 
     check_groups(pool, data, context, tensor)
 
 
+def timeouts(rank: int, world: int) -> set[float]:
+    """Seconds, of all groups."""
+    from farspan.parallel.mesh import Mesh
+
+    mesh = Mesh.create(Degrees(1, world, 1), torch.device("cpu"), outer_link=True)
+    groups = [dist.group.WORLD, *(getattr(mesh, name) for name in GROUPS), *mesh.links.values()]
+    found = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+    mesh.destroy()
+    return found
+
+
+@pytest.mark.distributed
+def test_all_groups_have_the_timeout_of_the_default_group(pool: Pool) -> None:
+    assert [len(of_rank) for of_rank in pool.run(2, timeouts)] == [1, 1]
+
+
 @pytest.mark.distributed
 def test_groups_of_eight_ranks(pool: Pool) -> None:
     found = check_groups(pool, data=2, context=2, tensor=2)

@@ -260,6 +260,7 @@ def test_the_resolved_configuration_reads_back_as_the_same(path: Path, tmp_path:
         "train.dtype=fp32",
         "parallel.zero_stage=0",
         "parallel.context=2",
+        "parallel.timeout_seconds=7200",
         "optimizer.learning_rate=1.2345678901234567e-5",
         "optimizer.betas=[0.85, 0.99]",
         "optimizer.epsilon=1e-15",

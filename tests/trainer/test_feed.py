@@ -192,8 +192,9 @@ def test_context_ranks_derive_the_same_plan_of_their_batch(prepared: Prepared, p
     assert [len(found) for found in digests] == [1, 1]
 
 
-def test_layers_have_the_plan_of_what_they_see(prepared: Prepared) -> None:
+def test_layers_have_the_plan_of_what_they_see(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the first of two layers has a window; `auto` chooses for each kind of layer by itself."""
+    monkeypatch.setattr("farspan.kernels.triton.backend._INTERPRETED", False)  # as on a GPU
     changes = {
         "parallel": {"context": 2, "plan": "auto"},
         "attention": {"window": {"width": 4, "full_layers": [1]}, "across_documents": True},

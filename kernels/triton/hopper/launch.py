@@ -48,7 +48,12 @@ def forward(
     programs = batch * heads * row_tiles
     if lists is None:
         # Programs that stay walk over row tiles; lists are of any length, there the hardware balances better.
-        programs = min(programs, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        import os
+
+        programs = min(
+            programs,
+            int(os.environ.get("AB_PROGRAMS", "1")) * torch.cuda.get_device_properties(q.device).multi_processor_count,
+        )
     forward_kernel[(programs,)](
         _descriptor(q, shape.rows),
         _descriptor(k, shape.keys),
