@@ -21,14 +21,14 @@ class Batch:
     """What one context rank holds of a micro-batch.
 
     tokens, labels and rotary_positions are int64 `[rows, slots]`, in the slots of `order`; padding slots have no label.
-    `mask` is that of the whole rows, `[1 or rows, length]`, in positions. `valid` counts this rank's labels. `samples`
-    are the sample numbers of the rows.
+    `masks` are those of the whole rows, `[1 or rows, length]`, in positions: one for each way in which some layers see
+    them. `valid` counts this rank's labels. `samples` are the sample numbers of the rows.
     """
 
     tokens: Tensor
     labels: Tensor
     rotary_positions: Tensor
-    mask: IntervalMask
+    masks: dict[Visibility, IntervalMask]
     order: Order
     valid: int
     samples: tuple[int, ...]
@@ -39,14 +39,15 @@ def make_batch(
     order: Order,
     rank: int,
     samples: Sequence[int] = (),
-    visibility: Visibility = BY_DOCUMENT,
+    visibilities: Sequence[Visibility] = (BY_DOCUMENT,),
 ) -> Batch:
     """The share of context rank `rank`: labels are shifted already, and nothing is permuted again after this.
 
-    Rotary positions restart at each document, unless tokens see across documents.
+    `visibilities` are those of the layers, alike in `across_documents`: rotary positions restart at each document,
+    unless tokens see across documents.
     """
     whole = np.arange(order.length)
-    positions = [whole if visibility.across_documents else row.positions for row in rows]
+    positions = [whole if visibilities[0].across_documents else row.positions for row in rows]
 
     def shard(values: Sequence[np.ndarray], padding: int) -> Tensor:
         return order.shard(torch.from_numpy(np.stack(values)), rank, padding=padding)
@@ -56,7 +57,7 @@ def make_batch(
         tokens=shard([row.tokens for row in rows], 0),
         labels=labels,
         rotary_positions=shard(positions, 0),
-        mask=visibility.mask(rows),
+        masks={visibility: visibility.mask(rows) for visibility in dict.fromkeys(visibilities)},
         order=order,
         valid=int((labels != IGNORED).sum()),
         samples=tuple(samples),

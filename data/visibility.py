@@ -1,4 +1,4 @@
-"""Which tokens of a packed row see which: their documents, and Star Attention's blocks within these."""
+"""Which tokens of a packed row see which: their documents, and windows or Star Attention's blocks within these."""
 
 from __future__ import annotations
 
@@ -42,11 +42,36 @@ class Star:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A sliding window: tokens see the last `width` tokens, themselves included, and their document's first `sinks`."""
+
+    width: int
+    sinks: int = 0
+
+
+@dataclass(frozen=True)
 class Visibility:
-    """Tokens see what comes before them in their document; with `across_documents` a row counts as one document."""
+    """Tokens see what comes before them in their document, all of it or what a window or Star Attention leaves.
+
+    With `across_documents` a row counts as one document. Layers of one model may differ in `window` and `star`.
+    """
 
     across_documents: bool = False
     star: Star | None = None
+    window: Window | None = None
+
+    def __post_init__(self) -> None:
+        if self.star is not None and self.window is not None:
+            raise ValueError("one layer has Star Attention's blocks or a window, not both")
+
+    @property
+    def in_words(self) -> str:
+        if self.star is not None:
+            return f"blocks of {self.star.block:,} tokens and the anchor"
+        if self.window is not None:
+            sinks = f" and the first {self.window.sinks:,}" if self.window.sinks else ""
+            return f"the last {self.window.width:,} tokens{sinks}"
+        return "all before"
 
     def mask(self, rows: Sequence[Row]) -> IntervalMask:
         """`[1 or rows, length]`, in positions. DataError where Star Attention cannot tell a document's context."""
@@ -68,6 +93,8 @@ class Visibility:
 
     def _mask(self, row: Row) -> IntervalMask:
         length, bounds = len(row.tokens), self._documents(row)
+        if self.window is not None:
+            return masks.sliding_window(length, self.window.width, self.window.sinks, bounds.tolist())
         if self.star is None:
             return masks.causal(length, bounds.tolist())
         contexts = self.star.contexts(row, bounds).tolist()

@@ -27,7 +27,7 @@ class Attending(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """What all layers of one batch share: the prepared plan, who carries it out, and the rotary angles.
+    """What layers with the same mask share of one batch: the prepared plan, who carries it out, and the rotary angles.
 
     `memory` alone is one layer's own: where attention's results are kept when that layer is computed again.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
@@ -22,13 +23,14 @@ from farspan.parallel.prepare import PreparedPlan
 class DecoderInput:
     """One micro-batch as a context rank holds it: its slots of every row, already in the plan's order.
 
-    tokens, labels and rotary_positions are int64 `[B, slots]`; a label of -100 is no label.
+    tokens, labels and rotary_positions are int64 `[B, slots]`; a label of -100 is no label. `plans` are those of the
+    layers, one each, all over one order; layers with the same mask share theirs.
     """
 
     tokens: Tensor
     labels: Tensor
     rotary_positions: Tensor
-    plan: PreparedPlan
+    plans: Sequence[PreparedPlan]
     group: Groups
 
 
@@ -97,13 +99,12 @@ class Decoder(nn.Module):
 
         The latter is fp32 `[B, slots]`, 0 where there is no label, and has no gradient.
         """
-        context = AttentionContext(
-            batch.plan, batch.group, rotation(batch.rotary_positions, self.frequencies), self.backend
-        )
+        turn = rotation(batch.rotary_positions, self.frequencies)
+        contexts = [AttentionContext(plan, batch.group, turn, self.backend) for plan in batch.plans]
         x = self.embedding(batch.tokens.flatten())
         if self.sharding.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x)
-        x = self.run_layers(self.layers, x, context)
+        x = self.run_layers(self.layers, x, contexts)
         total, losses = self.loss(self.norm(x), self.output_weight, batch.labels.flatten())
         return total, losses.view_as(batch.labels)
 

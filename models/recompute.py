@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,10 +52,10 @@ class Recomputation:
     ) -> None:
         self.mode, self.keep, self.keep_layers = mode, keep, keep_layers
 
-    def __call__(self, layers: nn.ModuleList, x: Tensor, context: AttentionContext) -> Tensor:
-        """The layers one after another, `[tokens, hidden]` to `[tokens, hidden]`."""
+    def __call__(self, layers: nn.ModuleList, x: Tensor, contexts: Sequence[AttentionContext]) -> Tensor:
+        """The layers one after another, each with its context, `[tokens, hidden]` to `[tokens, hidden]`."""
         again = 0 if self.mode == "none" or not torch.is_grad_enabled() else len(layers) - self.keep_layers
-        for number, layer in enumerate(layers, start=1):
+        for number, (layer, context) in enumerate(zip(layers, contexts, strict=True), start=1):
             if number > again:
                 x = layer(x, context)
                 continue

@@ -132,7 +132,8 @@ class Wire:
         for tensor, (shape, dtype) in zip(tensors, self._layout(move), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"{move} carries {tuple(shape)}, got {tuple(tensor.shape)}")
-            yield tensor.to(dtype).contiguous().view(-1).view(torch.uint8)
+            # Not view(-1): it leaves a single element the stride that it had, and bytes need a stride of 1.
+            yield tensor.to(dtype).contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
     def _layout(self, move: Move) -> Layout:
         return [

@@ -6,21 +6,24 @@ from collections.abc import Sequence
 
 from farspan.data.batch import Batch, make_batch
 from farspan.data.rows import Row, blank_row
-from farspan.data.visibility import Star, Visibility
+from farspan.data.visibility import Star, Visibility, Window
 from farspan.kernels import IntervalMask
 from farspan.parallel import orders
 from farspan.parallel.orders import Order
-from farspan.trainer.config import AttentionSection, RunConfig
+from farspan.trainer.config import RunConfig
 
 _TILE = 128  # tokens; kernels compute whole tiles
 
 
 class Arrangement:
-    """Order and mask of micro-batches. Of all orders `two_class` alone depends on the rows: on what is global there."""
+    """Order and masks of micro-batches. Of all orders `two_class` alone depends on the rows: on what is global there.
+
+    `layers` says for each layer what its tokens see; all are over one order.
+    """
 
     def __init__(self, config: RunConfig, context: int) -> None:
         self._config, self._context = config, context
-        self.visibility = visibility(config.attention)
+        self.layers = layer_visibilities(config)
         length, parallel = config.train.sequence_length, config.parallel
         self._blank = [blank_row(length)]
         two_class = parallel.order == "two_class"
@@ -30,24 +33,32 @@ class Arrangement:
         """That of a micro-batch; of one whose rows are one document each when none are given."""
         if self._fixed is not None:
             return self._fixed
-        star, roaming = self._config.attention.star, self.visibility.roaming(rows or self._blank)
-        assert star is not None, "the configuration allows two_class with Star Attention only"
+        seen = next(seen for seen in self.layers if seen.star)  # two_class is allowed with Star Attention only
+        star, roaming = self._config.attention.star, seen.roaming(rows or self._blank)
+        assert star is not None
         # Cut between blocks, no rank needs keys of another's block; but ranks with unequal shares would wait.
         even = (len(roaming) - roaming.sum()) % (self._context * star.block) == 0
         return orders.two_class(roaming, self._context, star.block if even else _TILE)
 
-    def mask(self, rows: Sequence[Row] = ()) -> IntervalMask:
-        """Likewise. DataError where Star Attention cannot tell a document's context."""
-        return self.visibility.mask(rows or self._blank)
+    def masks(self, rows: Sequence[Row] = ()) -> dict[Visibility, IntervalMask]:
+        """Likewise, one for each way in which some layers see. DataError where Star Attention cannot tell a document's
+        context."""
+        return {seen: seen.mask(rows or self._blank) for seen in dict.fromkeys(self.layers)}
 
     def batch(self, rows: Sequence[Row], rank: int, samples: Sequence[int] = ()) -> Batch:
         """What context rank `rank` holds of these rows."""
-        return make_batch(rows, self.order(rows), rank, samples, self.visibility)
+        return make_batch(rows, self.order(rows), rank, samples, self.layers)
 
 
-def visibility(attention: AttentionSection) -> Visibility:
-    star = attention.star
-    if star is None:
-        return Visibility(attention.across_documents)
-    fraction = star.global_fraction if star.mode == "lm" else None
-    return Visibility(attention.across_documents, Star(star.block, star.anchor_tokens, fraction))
+def layer_visibilities(config: RunConfig) -> tuple[Visibility, ...]:
+    """What the tokens of each layer see."""
+    attention, layers = config.attention, range(config.model.layers)
+    star, window, across = attention.star, attention.window, attention.across_documents
+    whole = Visibility(across)
+    if star is not None:
+        fraction = star.global_fraction if star.mode == "lm" else None
+        whole = Visibility(across, Star(star.block, star.anchor_tokens, fraction))
+    if window is None:
+        return (whole,) * len(layers)
+    narrow = Visibility(across, window=Window(window.width, window.sinks))
+    return tuple(whole if layer in window.full_layers else narrow for layer in layers)

@@ -157,6 +157,17 @@ class StarSection(_Section):
         )
 
 
+class WindowSection(_Section):
+    """Sliding-window attention, in all layers but some."""
+
+    width: int = Field(gt=0)
+    """The last tokens that a token sees, itself included."""
+    sinks: int = Field(0, ge=0)
+    """The first tokens of a document, which all of it sees besides."""
+    full_layers: list[Annotated[int, Field(ge=0)]] = []
+    """Layers, from 0, that see all of a document (or with `attention.star` its blocks), between those with windows."""
+
+
 class AttentionSection(_Section):
     backend: str = "deterministic"
     """Kernels that compute attention on one device: `auto` is the fastest for each piece of work, `deterministic` the
@@ -164,7 +175,9 @@ class AttentionSection(_Section):
     across_documents: bool = False
     """Whether tokens see earlier documents of their row; if not, rotary positions restart at each document."""
     star: StarSection | None = None
-    """Star Attention for every layer, by any plan; dense attention when not given."""
+    """Star Attention, by any plan, for every layer that has no window; dense attention when not given."""
+    window: WindowSection | None = None
+    """Sliding windows for all layers but `full_layers`; none when not given."""
 
 
 class MemorySection(_Section):
@@ -302,6 +315,29 @@ class RunConfig(_Section):
             raise ValueError(
                 "attention.star.mode sft goes by document; set attention.across_documents to false, or "
                 "attention.star.mode to lm"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_window(self) -> RunConfig:
+        window, layers = self.attention.window, self.model.layers
+        if window is None:
+            return self
+        full = set(window.full_layers)
+        if len(full) != len(window.full_layers) or max(full, default=0) >= layers:
+            raise ValueError(
+                f"attention.window.full_layers {window.full_layers} must be different layers from 0 to {layers - 1} "
+                "(model.layers)"
+            )
+        if len(full) == layers:
+            raise ValueError(
+                f"attention.window.full_layers names all {layers} layers, so that none has a window; leave some out, "
+                "or leave out attention.window"
+            )
+        if self.attention.star is not None and not full:
+            raise ValueError(
+                "attention.star is for layers without a window, and attention.window.full_layers names none; name "
+                "some, or leave out attention.window"
             )
         return self
 

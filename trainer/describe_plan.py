@@ -13,7 +13,7 @@ from farspan.parallel.plan import DIRECTIONS
 from farspan.trainer.config import RunConfig
 from farspan.trainer.describe_step import Say, say_memory, say_time
 from farspan.trainer.plan_table import by_rank
-from farspan.trainer.planned import Planned, plan_of
+from farspan.trainer.planned import LayerPlan, Planned, plan_of
 
 _WIDTH, _INDENT = 100, 14
 
@@ -43,13 +43,16 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
         from farspan.trainer.plan_plot import require_matplotlib
 
         require_matplotlib()
-    planned, reason = plan_of(config, processes)
+    planned, reasons = plan_of(config, processes)
     _say_mesh(planned, say)
     if (star := config.attention.star) is not None:
         say("star", star.in_words + (f"; {star.warning}" if star.warning else ""))
-    if reason is not None:
+    for reason in reasons:
         say("choice", reason)
-    _say_traffic(planned, say)
+    for layer, count in planned.kinds.items():
+        if len(planned.kinds) > 1 or layer.seen.window:
+            say("layers", f"{count} of {len(planned.layers)}, whose tokens see {layer.seen.in_words}:")
+        _say_traffic(planned, layer, say)
     say_time(planned, say)
     say_memory(planned, say)
     say(
@@ -57,18 +60,21 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
         "in both directions: every pair once, operands in place, every result home; sends and receives agree, and no "
         "rank waits in a circle",
     )
-    if planned.plan.world > 1:
-        for line in by_rank(planned.found, planned.itemsize, _WIDTH):
-            report(line)
+    for layer in planned.kinds:
+        if len(planned.kinds) > 1:
+            report(f"layers whose tokens see {layer.seen.in_words}:")
+        if layer.plan.world > 1:
+            for line in by_rank(layer.found, planned.itemsize, _WIDTH):
+                report(line)
     if plot is not None:
         from farspan.trainer.plan_plot import plot_work
 
-        plot_work(planned.found, plot)
+        plot_work([layer.found for layer in planned.kinds], plot)
         say("plot", str(plot))
 
 
 def _say_mesh(planned: Planned, say: Say) -> None:
-    plan, order, degrees, cluster = planned.plan, planned.order, planned.degrees, planned.cluster
+    order, degrees, cluster = planned.order, planned.degrees, planned.cluster
     nodes = math.ceil(degrees.world / cluster.gpus_per_node)
     say("mesh", f"{degrees.world} processes = {degrees}")
     say(
@@ -81,15 +87,15 @@ def _say_mesh(planned: Planned, say: Say) -> None:
         f"{order.length:,} tokens in {order.name} order, {order.slots:,} slots a rank"
         f" ({order.slots * order.world - order.length:,} padding)",
     )
+
+
+def _say_traffic(planned: Planned, layer: LayerPlan, say: Say) -> None:
+    plan, found, train = layer.plan, layer.found, planned.config.train
     say(
         "plan",
         f"{plan.name}: {plan.heads[0]} query and {plan.heads[1]} kv heads a rank, {len(plan.blocks):,} blocks, "
         f"{plan.forward.stages:,} stages forward, {plan.backward.stages:,} backward, digest {plan.digest()}",
     )
-
-
-def _say_traffic(planned: Planned, say: Say) -> None:
-    plan, found, train = planned.plan, planned.found, planned.config.train
     say(
         "attention",
         f"{found.pairs:,} visible pairs a head; the busiest rank has {found.imbalance:.3f} of the mean, "

@@ -8,15 +8,14 @@ from farspan.kernels import rates
 from farspan.parallel.cost import NoRatesError
 from farspan.trainer.memory_estimate import estimate_memory, remedies
 from farspan.trainer.plan_choice import predict_attention
-from farspan.trainer.planned import Planned
+from farspan.trainer.planned import LayerPlan, Planned
 from farspan.trainer.step_estimate import estimate_step
 
 Say = Callable[[str, str], None]
 
 
 def say_time(planned: Planned, say: Say) -> None:
-    config, cluster, found = planned.config, planned.cluster, planned.found
-    train = config.train
+    config, cluster, train = planned.config, planned.cluster, planned.config.train
     if train.rows_per_step % (planned.degrees.data * train.micro_batch_rows):
         say(
             "step",
@@ -28,23 +27,28 @@ def say_time(planned: Planned, say: Say) -> None:
         say("step", "no time predicted: rates were measured in bf16, and train.dtype is fp32")
         return
     try:
-        timelines = predict_attention(config, cluster, planned.plan, planned.order, found.visible, found.elements)
+        timelines = {
+            layer: predict_attention(
+                config, cluster, layer.plan, planned.order, layer.found.visible, layer.found.elements
+            )
+            for layer in planned.kinds
+        }
     except NoRatesError as error:
         say("step", f"no time predicted: {error}")
         return
-    forward, backward = timelines["forward"], timelines["backward"]
     tokens = planned.order.slots * train.micro_batch_rows
-    step = estimate_step(config, planned.degrees, cluster, forward, backward, tokens)
+    step = estimate_step(config, planned.degrees, cluster, [timelines[layer] for layer in planned.layers], tokens)
     table = rates.of_capability(cluster.compute_capability)
-    say(
-        "layer",
-        "attention "
-        + ", ".join(
-            f"{direction} {1e3 * line.seconds:,.2f} ms ({1e3 * line.exposed_seconds:,.2f} waiting)"
-            for direction, line in timelines.items()
+    for layer, lines in timelines.items():
+        say(
+            "layer",
+            ("attention " if len(timelines) == 1 else f"attention to {layer.seen.in_words}: ")
+            + ", ".join(
+                f"{direction} {1e3 * line.seconds:,.2f} ms ({1e3 * line.exposed_seconds:,.2f} waiting)"
+                for direction, line in lines.items()
+            )
+            + f", by the rates of {table.device}",
         )
-        + f", by the rates of {table.device}",
-    )
     say(
         "step",
         f"{step.total:,.3f} s expected, {train.tokens_per_step / step.total:,.0f} tokens/s: {step.compute:,.3f} s of "
@@ -64,7 +68,7 @@ def say_time(planned: Planned, say: Say) -> None:
 
 def say_memory(planned: Planned, say: Say) -> None:
     config, cluster, degrees = planned.config, planned.cluster, planned.degrees
-    plan_bytes = _plan_bytes(planned)
+    plan_bytes = max(_plan_bytes(planned, layer) for layer in planned.kinds)
     memory = estimate_memory(config, degrees, plan_bytes)
     available = int(cluster.memory_gib * 2**30)
 
@@ -91,9 +95,9 @@ def say_memory(planned: Planned, say: Say) -> None:
         say("does not fit", f"by {(memory.total - available) / 2**30:.1f} GiB: {advice}")
 
 
-def _plan_bytes(planned: Planned) -> int:
+def _plan_bytes(planned: Planned, layer: LayerPlan) -> int:
     """Keys and values of other ranks, and what is on its way to and from a rank at the busiest stage."""
-    found, train = planned.found, planned.config.train
+    found, train = layer.found, planned.config.train
     slot = 2 * planned.config.model.head_dim * planned.itemsize * train.micro_batch_rows
     sent = found.bytes_by_stage("backward", planned.itemsize, 4)
     return found.peak_slots["backward"] * slot + 2 * int(sent.max(initial=0))

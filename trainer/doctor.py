@@ -20,7 +20,7 @@ from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem, describe_backends
 from farspan.trainer.first_rows import first_rows
-from farspan.trainer.plan_choice import build_plan, plan_name
+from farspan.trainer.plan_choice import build_plan, plan_names
 
 Report = Callable[[str], None]
 Capability = tuple[int, int]
@@ -98,17 +98,17 @@ def _describe_batch(config: RunConfig, processes: int, tensors: Problem, report:
         raise ConfigError(str(error)) from error
     arrangement = Arrangement(config, degrees.context)
     rows, words = first_rows(config, degrees.data)
-    order, mask = arrangement.order(rows), arrangement.mask(rows)
+    order, named = arrangement.order(rows), plan_names(config, arrangement, rows)
     report(f"{'batch':<14}{words}")
-    name, _ = plan_name(config, order, lambda: mask)
-    plan = build_plan(config, name, order, mask)
-
     ranks = sorted({i * (order.world - 1) // (_RANKS - 1) for i in range(_RANKS)})
-    named = f"context rank {', '.join(map(str, ranks))} of {order.world}"
-    report(f"{'pieces':<14}of one layer on {named}, with attention.backend {config.attention.backend}:")
-    prepared = (prepare(plan, order, mask, rank) for rank in ranks)
-    for line in describe_backends(prepared, tensors, config.attention.backend):
-        report(f"{'':<14}{line}")
+    where = f"context rank {', '.join(map(str, ranks))} of {order.world}"
+    for seen, mask in arrangement.masks(rows).items():
+        layer = "one layer" if len(named) == 1 else f"one layer that sees {seen.in_words}"
+        report(f"{'pieces':<14}of {layer} on {where}, with attention.backend {config.attention.backend}:")
+        plan = build_plan(config, named[seen].name, order, mask)
+        prepared = (prepare(plan, order, mask, rank) for rank in ranks)
+        for line in describe_backends(prepared, tensors, config.attention.backend):
+            report(f"{'':<14}{line}")
 
 
 def _dtype(tensors: Problem) -> str:

@@ -21,7 +21,7 @@ from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import RunConfig
 from farspan.trainer.first_rows import step_rows
-from farspan.trainer.plan_choice import build_plan, plan_name
+from farspan.trainer.plan_choice import build_plan, plan_names
 
 
 class Feed:
@@ -33,8 +33,7 @@ class Feed:
         self.steps = step_rows(config, prepared, mesh.degrees.data)
         # Those of data rank 0, on all ranks, so that all choose the same plan.
         first = [self.steps.row(sample) for sample in self.steps.samples(0, 0, 0)]
-        order = self.arrangement.order(first)
-        self.plan_name, self.plan_reason = plan_name(config, order, lambda: self.arrangement.mask(first))
+        self.plans = plan_names(config, self.arrangement, first)
         heldout = Rows(Corpus(prepared, "heldout"), config.train.sequence_length, config.run.seed)
         self.heldout = heldout
         self.heldout_rows = min(config.eval.rows, len(heldout))
@@ -67,30 +66,40 @@ class Feed:
         return batches
 
     def verify_plan(self, step: int) -> str:
-        """Collective: checks the plan of a step's first batch, and that all context ranks made the same; its digest.
+        """Collective: checks the plans of a step's first batch, and that all context ranks made the same; the digests.
 
         PlanError when either is not so: carried out, such a plan would train on wrong attention or hang.
         """
         batch = self.training_batches(step)[0]
-        plan = self.decoder_input(batch).plan.plan
-        verify(plan, batch.order, batch.mask)
+        plans = dict(zip(self.arrangement.layers, self.decoder_input(batch).plans, strict=True))
+        for seen, mask in batch.masks.items():
+            verify(plans[seen].plan, batch.order, mask)
+        mine = " and ".join(plans[seen].plan.digest() for seen in batch.masks)
         digests: list[str] = [""] * self.mesh.degrees.context
-        dist.all_gather_object(digests, plan.digest(), group=self.mesh.context)
+        dist.all_gather_object(digests, mine, group=self.mesh.context)
         if len(set(digests)) != 1:
             raise PlanError(f"ranks of one context group made different plans from one batch: {', '.join(digests)}")
-        return plan.digest()
+        return mine
 
     def decoder_input(self, batch: Batch) -> DecoderInput:
-        """Moves a batch to the device, with the plan that all ranks of the context group derive alike from its mask."""
+        """Moves a batch to the device, with the plans that all ranks of the context group derive alike from its masks.
+
+        Layers that see alike share one.
+        """
         if self._ahead is not None and self._ahead[1][0] is batch:
             return self._ahead[2]
-        plan = build_plan(self.config, self.plan_name, batch.order, batch.mask)
-        device = self.mesh.device
+        rank, device = self.mesh.context_rank, self.mesh.device
+        plans = {
+            seen: prepare(
+                build_plan(self.config, self.plans[seen].name, batch.order, mask), batch.order, mask, rank, device
+            )
+            for seen, mask in batch.masks.items()
+        }
         return DecoderInput(
             tokens=to_device(batch.tokens, device),
             labels=to_device(batch.labels, device),
             rotary_positions=to_device(batch.rotary_positions, device),
-            plan=prepare(plan, batch.order, batch.mask, self.mesh.context_rank, device),
+            plans=[plans[seen] for seen in self.arrangement.layers],
             group=self.mesh.links,
         )
 

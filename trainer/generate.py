@@ -71,6 +71,11 @@ def check(request: Request) -> Ready:
     if not file.exists():
         raise ConfigError(f"{request.run} is no run directory: it has no config.yaml")
     config = load_config(file, request.overrides)
+    if config.attention.window is not None:
+        raise ConfigError(
+            "farspan generate keeps a cache of which every layer sees all, and attention.window is set; give "
+            "attention.window=null to read without windows"
+        )
     star = config.attention.star
     if request.star_block is not None:  # of any size: the text may be longer than the rows of training were
         anchor = min(star.anchor_tokens, request.star_block) if star else None

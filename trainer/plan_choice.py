@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from farspan.data.rows import Row
+from farspan.data.visibility import Visibility
 from farspan.kernels import IntervalMask
 from farspan.parallel import balance, plans
 from farspan.parallel.cluster import Cluster, load_cluster
@@ -17,6 +20,7 @@ from farspan.parallel.orders import Order
 from farspan.parallel.pairs import VisiblePairs, visible_pairs
 from farspan.parallel.plan import DIRECTIONS, Direction, Plan
 from farspan.parallel.timeline import Timeline, simulate
+from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem
 
@@ -27,16 +31,35 @@ def build_plan(config: RunConfig, name: str, order: Order, mask: IntervalMask) -
     return plans.build(name, order, mask, heads, parallel.topology, parallel.gradient_wire)
 
 
-def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask]) -> tuple[str, str | None]:
+class NamedPlan(NamedTuple):
+    """The name of a plan, with the reason where it was chosen."""
+
+    name: str
+    reason: str | None
+
+
+def plan_names(config: RunConfig, arrangement: Arrangement, rows: Sequence[Row]) -> dict[Visibility, NamedPlan]:
+    """For each way in which some layers see their rows, judged by `rows`; see `plan_name`."""
+    order = arrangement.order(rows)
+    kinds = list(dict.fromkeys(arrangement.layers))
+
+    def named(seen: Visibility) -> NamedPlan:
+        name, reason = plan_name(config, order, lambda: arrangement.masks(rows)[seen])
+        return NamedPlan(name, f"for {seen.in_words}, {reason}" if reason and len(kinds) > 1 else reason)
+
+    return {seen: named(seen) for seen in kinds}
+
+
+def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask]) -> NamedPlan:
     """`parallel.plan`; for `auto` the plan chosen for a mask, and one line that says why.
 
     A pure function of the configuration and the mask, so all ranks that are given the same mask agree. ConfigError when
     there are no rates to choose by.
     """
     if config.parallel.plan != "auto":
-        return config.parallel.plan, None
+        return NamedPlan(config.parallel.plan, None)
     if order.world == 1:
-        return "single", "parallel.plan auto is single: a sequence is on one rank"
+        return NamedPlan("single", "parallel.plan auto is single: a sequence is on one rank")
     cluster, rows = load_cluster(config.cluster), mask()
 
     def seconds(plan: Plan) -> float:
@@ -59,9 +82,10 @@ def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask])
         f"{name} {1e3 * found[name]:,.2f} ms" if math.isfinite(found[name]) else f"{name} unknown"
         for name in sorted(found, key=lambda name: found[name])
     )
-    return plan.name, (
+    return NamedPlan(
+        plan.name,
         f"parallel.plan auto is {plan.name}: attention of one layer, both directions, is expected to take {ranking} "
-        f"(cluster {config.cluster})"
+        f"(cluster {config.cluster})",
     )
 
 

@@ -1,9 +1,11 @@
-"""A plan made and verified from the configuration alone."""
+"""Plans made and verified from the configuration alone."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+from farspan.data.visibility import Visibility
 from farspan.parallel.cluster import Cluster, load_cluster
 from farspan.parallel.degrees import Degrees, MeshError
 from farspan.parallel.orders import Order
@@ -13,27 +15,40 @@ from farspan.parallel.verify import verify
 from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.first_rows import first_rows
-from farspan.trainer.plan_choice import build_plan, plan_name
+from farspan.trainer.plan_choice import build_plan, plan_names
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """The plan of all layers whose tokens see alike, and what `verify` found."""
+
+    seen: Visibility
+    plan: Plan
+    found: Report
 
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """What `farspan plan` describes."""
+    """What `farspan plan` describes. `layers` has the plan of each layer; those that see alike share theirs."""
 
     config: RunConfig
     cluster: Cluster
     degrees: Degrees
     order: Order
-    plan: Plan
-    found: Report
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def kinds(self) -> dict[LayerPlan, int]:
+        """The plans, each with the number of its layers."""
+        return Counter(self.layers)
 
     @property
     def itemsize(self) -> int:
         return 2 if self.config.train.dtype == "bf16" else 4
 
 
-def plan_of(config: RunConfig, processes: int) -> tuple[Planned, str | None]:
-    """For rows of one document; with the reason where `parallel.plan` is `auto`.
+def plan_of(config: RunConfig, processes: int) -> tuple[Planned, list[str]]:
+    """For rows of one document; with the reasons where `parallel.plan` is `auto`.
 
     ConfigError for an impossible mesh.
     """
@@ -47,11 +62,14 @@ def plan_of(config: RunConfig, processes: int) -> tuple[Planned, str | None]:
     except MeshError as error:
         raise ConfigError(str(error)) from error
     arrangement = Arrangement(config, degrees.context)
-    order, mask = arrangement.order(), arrangement.mask()
+    order = arrangement.order()
     first, words = first_rows(config, degrees.data) if parallel.plan == "auto" else ([], "")
-    name, reason = plan_name(config, arrangement.order(first), lambda: arrangement.mask(first))
-    plan = build_plan(config, name, order, mask)
-    found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
-    return Planned(
-        config, load_cluster(config.cluster), degrees, order, plan, found
-    ), reason and f"{reason}; judged by {words}"
+    named = plan_names(config, arrangement, first)
+    made: dict[Visibility, LayerPlan] = {}
+    for seen, mask in arrangement.masks().items():
+        plan = build_plan(config, named[seen].name, order, mask)
+        found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
+        made[seen] = LayerPlan(seen, plan, found)
+    layers = tuple(made[seen] for seen in arrangement.layers)
+    reasons = [f"{chosen.reason}; judged by {words}" for chosen in named.values() if chosen.reason]
+    return Planned(config, load_cluster(config.cluster), degrees, order, layers), reasons

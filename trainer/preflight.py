@@ -112,7 +112,7 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
         )
     arrangement = Arrangement(config, degrees.context)
     try:
-        order, _ = arrangement.order(), arrangement.mask()
+        order, _ = arrangement.order(), arrangement.masks()
     except DataError as error:
         raise ConfigError(str(error)) from error
     if config.parallel.sequence_parallel and order.slots * train.micro_batch_rows % degrees.tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from farspan.parallel.cluster import Cluster
 from farspan.parallel.degrees import Degrees
+from farspan.parallel.plan import Direction
 from farspan.parallel.timeline import Timeline
 from farspan.trainer.config import RunConfig
 
@@ -38,9 +40,13 @@ class StepEstimate:
 
 
 def estimate_step(
-    config: RunConfig, degrees: Degrees, cluster: Cluster, forward: Timeline, backward: Timeline, tokens: int
+    config: RunConfig,
+    degrees: Degrees,
+    cluster: Cluster,
+    attention: Sequence[Mapping[Direction, Timeline]],
+    tokens: int,
 ) -> StepEstimate:
-    """In bf16. `forward` and `backward` are those of one layer's attention; `tokens` are those of a rank's micro-batch.
+    """In bf16. `attention` has the timelines of each layer's; `tokens` are those of a rank's micro-batch.
 
     Matrix products at `matrix_tflops`; element-wise passes and the optimizer by the bytes that they move, each tensor
     read or written once a function. Gradients and weights are exchanged after the backward pass (at ZeRO 2 and 3 beside
@@ -51,7 +57,10 @@ def estimate_step(
     layers = model.layers
     whole = layers if config.memory.recompute == "none" else config.memory.keep_layers_at_first
     again = layers - whole
-    attention_again = again if config.memory.recompute == "full" else 0
+    # The last layers are those that keep everything.
+    attention_again = attention[:again] if config.memory.recompute == "full" else []
+    timelines = [line for layer in attention for line in layer.values()]
+    timelines += [layer["forward"] for layer in attention_again]
 
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.feed_forward_size
@@ -65,23 +74,18 @@ def estimate_step(
     logits = 4 * 2 * (model.vocabulary_size or 0) // tensor * tokens / bandwidth
 
     parameters = model.parameters() // tensor
-    forwards = layers + attention_again
     return StepEstimate(
-        attention=micro_batches * (forwards * _busy(forward) + layers * _busy(backward)),
+        attention=micro_batches * sum(line.seconds - line.exposed_seconds for line in timelines),
         linear=micro_batches * linear,
         loss=micro_batches * (6 * projection * tokens / rate + logits),
         # Each micro-batch also adds bf16 gradients to fp32 ones.
         elementwise=micro_batches * ((3 * layers + again) * passes + 12 * parameters / bandwidth),
         # Gradient norm and clipping; master weights and moments are read and written.
         optimizer=(12 * parameters + 30 * parameters / degrees.shard) / bandwidth,
-        waiting=micro_batches * (forwards * forward.exposed_seconds + layers * backward.exposed_seconds),
+        waiting=micro_batches * sum(line.exposed_seconds for line in timelines),
         tensor=micro_batches * (4 * layers + 2 * again) * _all_reduce(2 * tokens * hidden, tensor, tensor, cluster),
         reduction=_reduction(config, degrees, cluster, parameters, micro_batches),
     )
-
-
-def _busy(timeline: Timeline) -> float:
-    return timeline.seconds - timeline.exposed_seconds
 
 
 def _all_reduce(bytes_: float, ranks: int, span: int, cluster: Cluster) -> float:

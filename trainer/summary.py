@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,23 @@ def describe_start(
     config: RunConfig, preflight: Preflight, feed: Feed, step: int, report: Callable[[str], None]
 ) -> None:
     train, parallel = config.train, config.parallel
+    names = dict.fromkeys(chosen.name for chosen in feed.plans.values())
     report(
         f"model {config.model.preset or 'of the configuration'}: {preflight.model.parameters():,} parameters | "
-        f"mesh {preflight.degrees} | plan {feed.plan_name}, order {parallel.order} | ZeRO {parallel.zero_stage}, "
+        f"mesh {preflight.degrees} | plan {' and '.join(names)}, order {parallel.order} | ZeRO {parallel.zero_stage}, "
         f"{train.dtype}"
     )
     if (star := config.attention.star) is not None:
         report(f"Star Attention: {star.in_words}")
         if star.warning:
             report(f"warning: {star.warning}")
-    if feed.plan_reason:
-        report(feed.plan_reason)
+    if config.attention.window is not None:
+        layers = Counter(feed.arrangement.layers)
+        kinds = [f"{count} of {layers.total()} see {seen.in_words}" for seen, count in layers.items()]
+        report(f"layers: {', '.join(kinds)}")
+    for chosen in feed.plans.values():
+        if chosen.reason:
+            report(chosen.reason)
     report(
         f"step: {train.tokens_per_step:,} tokens = {train.rows_per_step} rows of {train.sequence_length:,} | "
         f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents, "
@@ -44,9 +51,9 @@ def describe_start(
 
 def _backends(config: RunConfig, feed: Feed, step: int) -> str:
     """Who computes the pieces of this rank, in one line."""
-    prepared = feed.decoder_input(feed.training_batches(step)[0]).plan
+    prepared = dict.fromkeys(feed.decoder_input(feed.training_batches(step)[0]).plans)
     tensors = attention_problem(config, capability(feed.mesh.device))
-    lines = describe_backends([prepared], tensors, config.attention.backend)
+    lines = describe_backends(prepared, tensors, config.attention.backend)
     more = f"; {len(lines) - 4} other kinds, see farspan doctor" if len(lines) > 4 else ""
     return "; ".join(lines[:4]) + more
 

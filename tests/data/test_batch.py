@@ -73,7 +73,8 @@ def test_who_sees_whom(across_documents: bool) -> None:
     """The mask is that of the whole rows, the same on every rank."""
     order = orders.zigzag(LENGTH, 3)
     for rank in range(3):
-        mask = make_batch(ROWS, order, rank, visibility=Visibility(across_documents)).mask
+        seen = Visibility(across_documents)
+        mask = make_batch(ROWS, order, rank, visibilities=[seen]).masks[seen]
         visible = mask.visible(slice(0, LENGTH), slice(0, LENGTH)).expand(2, LENGTH, LENGTH)
         for number, ends in enumerate(ENDS):
             document = [sum(end <= x for end in ends) for x in range(LENGTH)]
@@ -86,7 +87,7 @@ def test_who_sees_whom(across_documents: bool) -> None:
 
 def test_across_documents_rotary_positions_do_not_restart() -> None:
     order = orders.striped(LENGTH, 2, 4)
-    batches = [make_batch(ROWS, order, rank, visibility=Visibility(across_documents=True)) for rank in range(2)]
+    batches = [make_batch(ROWS, order, rank, visibilities=[Visibility(across_documents=True)]) for rank in range(2)]
     assert torch.equal(order.unshard([b.rotary_positions for b in batches]), torch.arange(LENGTH).expand(2, LENGTH))
     assert torch.equal(order.unshard([b.labels for b in batches]), torch.from_numpy(np.stack([r.labels for r in ROWS])))
 

@@ -11,7 +11,7 @@ import torch
 from farspan.data.batch import make_batch
 from farspan.data.errors import DataError
 from farspan.data.rows import Row
-from farspan.data.visibility import Star, Visibility
+from farspan.data.visibility import Star, Visibility, Window
 from farspan.parallel import orders
 
 LENGTH, BLOCK, ANCHOR = 57, 6, 4
@@ -46,7 +46,8 @@ def star(mode: str) -> Star:
 
 @pytest.mark.parametrize("mode", ["lm", "sft"])
 def test_the_mask_is_that_of_the_definition(mode: str) -> None:
-    mask = make_batch(ROWS, orders.zigzag(LENGTH, 2), 0, visibility=Visibility(star=star(mode))).mask
+    seen = Visibility(star=star(mode))
+    mask = make_batch(ROWS, orders.zigzag(LENGTH, 2), 0, visibilities=[seen]).masks[seen]
     visible = mask.visible(slice(0, LENGTH), slice(0, LENGTH))
     for number in (0, 1):
         expected = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
@@ -56,6 +57,21 @@ def test_the_mask_is_that_of_the_definition(mode: str) -> None:
                     sees = q >= context or q // BLOCK == k // BLOCK or k < min(ANCHOR, context)
                     expected[begin + q, begin + k] = sees
         assert torch.equal(visible[number], expected)
+
+
+def test_windows_and_their_sinks_go_by_document() -> None:
+    seen = Visibility(window=Window(5, 2))
+    assert seen.in_words == "the last 5 tokens and the first 2"
+    visible = seen.mask(ROWS).visible(slice(0, LENGTH), slice(0, LENGTH))
+    for number in (0, 1):
+        expected = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+        for begin, size, _ in documents(number, "lm"):
+            for q in range(size):
+                for k in range(q + 1):
+                    expected[begin + q, begin + k] = q - k < 5 or k < 2
+        assert torch.equal(visible[number], expected)
+    with pytest.raises(ValueError, match="blocks or a window, not both"):
+        Visibility(star=star("lm"), window=Window(5))
 
 
 @pytest.mark.parametrize("mode", ["lm", "sft"])
@@ -86,7 +102,7 @@ def test_labels_are_those_of_the_row() -> None:
     answer = np.arange(LENGTH) >= 52
     asked = replace(ROWS[1], labels=np.where(answer, ROWS[1].labels, -100), valid=5)
     parts = [
-        make_batch([asked], orders.zigzag(LENGTH, 3), rank, visibility=Visibility(star=star("sft")))
+        make_batch([asked], orders.zigzag(LENGTH, 3), rank, visibilities=[Visibility(star=star("sft"))])
         for rank in (0, 1, 2)
     ]
     assert sum(part.valid for part in parts) == 5

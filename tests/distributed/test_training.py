@@ -45,7 +45,7 @@ def make_config(directory: Path, prepared: Path, context: int, tensor: int, zero
             "loss_chunk_tokens": 64,
         },
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
-        "attention": {"star": changes.pop("star", None)},
+        "attention": {"star": changes.pop("star", None), "window": changes.pop("window", None)},
         "eval": {"rows": 3},
     }
     tree["parallel"] = {"context": context, "tensor": tensor, "zero_stage": zero, **changes}
@@ -94,7 +94,7 @@ def compare(
     pool: Pool, tmp_path: Path, prepared: Path, layouts: list[tuple[int, int, int]], variants: list[dict[str, Any]]
 ) -> None:
     """All variants on all layouts agree with one rank at ZeRO 0, which each variant's batch shape has of its own."""
-    shape_keys = ("length", "tokens_per_step", "micro_batch_rows", "tied", "star")
+    shape_keys = ("length", "tokens_per_step", "micro_batch_rows", "tied", "star", "window")
 
     def shape_of(variant: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(variant.get(key)) for key in shape_keys)
@@ -145,6 +145,12 @@ def test_star_attention_agrees_with_one_rank_under_any_plan(pool: Pool, tmp_path
     compare(pool, tmp_path, prepared, [(2, 1, 1)], variants)
     (tmp_path / "more").mkdir()
     compare(pool, tmp_path / "more", prepared, [(4, 1, 1)], [*variants[:1], {**variants[1], "plan": "group_cast"}])
+
+
+def test_windows_between_full_layers_agree_with_one_rank(pool: Pool, tmp_path: Path, prepared: Path) -> None:
+    """From the configuration to the losses of a run, with layers that are computed again."""
+    window = {"window": {"width": 24, "sinks": 1, "full_layers": [1]}}
+    compare(pool, tmp_path, prepared, [(4, 1, 1)], [{"plan": "ring", "order": "zigzag", **window}])
 
 
 def test_a_rank_whose_tokens_are_all_masked(pool: Pool, tmp_path: Path, prepared: Path) -> None:

@@ -65,7 +65,7 @@ def batch(number: int) -> DecoderInput:
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, 1024, (1, LENGTH), generator=generator).cuda()
     plan = prepare(plans.build("single", order, mask, (8, 2)), order, mask, 0, "cuda")
-    return DecoderInput(tokens, tokens.roll(-1, 1), torch.arange(LENGTH, device="cuda")[None], plan, None)
+    return DecoderInput(tokens, tokens.roll(-1, 1), torch.arange(LENGTH, device="cuda")[None], [plan] * LAYERS, None)
 
 
 def steps(recomputation: Recomputation) -> tuple[list[Tensor], int, int]:

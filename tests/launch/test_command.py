@@ -271,6 +271,33 @@ def test_plan_of_a_million_tokens_on_sixty_four_ranks(
     assert "verified" in lines
 
 
+def test_plan_counts_windows_between_full_layers(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two ranks in contiguous order a window's keys come from one neighbour; a full layer needs all of its keys."""
+    length, width, kv_heads, head_dim, item = 4096, 100, 2, 8, 4
+    arguments = [
+        "launch.processes=2",
+        "parallel={context: 2, plan: group_cast, order: contiguous}",
+        "model.layers=3",
+        f"attention.window={{width: {width}, full_layers: [1]}}",
+        f"train.sequence_length={length}",
+        f"train.tokens_per_step={length}",
+    ]
+    assert main(["plan", str(prepared / "config.yaml"), *arguments]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    narrow, full = words.split("layers 2 of 3, whose tokens see the last 100 tokens: ")[1].split(
+        "layers 1 of 3, whose tokens see all before: "
+    )
+    token = kv_heads * head_dim * 2 * item / 1e6
+    for part, pairs, sent in (
+        (narrow, width * (width + 1) // 2 + (length - width) * width, (width - 1) * token),
+        (full, length * (length + 1) // 2, length // 2 * token),
+    ):
+        assert part.startswith("plan group_cast: ")
+        assert f"attention {pairs:,} visible pairs a head" in part
+        assert f"forward each layer sends {sent:,.3f} MB from the busiest rank, {sent:,.3f} MB in all" in part
+    assert words.count("ranks work MB sent forward backward") == 2
+
+
 LONG = ("model.preset=qwen2.5-3b", "train.dtype=bf16", "train.sequence_length=524288", "train.tokens_per_step=524288")
 
 

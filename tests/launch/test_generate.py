@@ -15,6 +15,8 @@ from support.corpus import prepare_small
 from support.pool import Pool
 
 from farspan.data.tokenizer import Tokenizer
+from farspan.launch import elastic
+from farspan.launch.command import main
 
 pytestmark = pytest.mark.distributed
 
@@ -148,22 +150,43 @@ def test_damaged_weights_are_passed_over_and_nothing_is_changed(tmp_path: Path, 
     [
         (["model.layers=3"], "step_00000004 has other weights than this configuration: model.layers was 2 and is 3; "),
         (["parallel.tensor=2"], "parallel.tensor was 1 and is 2; change that back"),
-        (["attention.star=null", *RING, "--replicate-anchor"], "--star-block"),
-        (["attention.stars=3"], "there is no key attention.stars, did you mean 'star'?"),
-        (["--prompt-file=nowhere.txt"], "--prompt-file nowhere.txt cannot be read: No such file or directory"),
     ],
 )
-def test_what_cannot_be_is_one_line(run: Path, more: list[str], words: str) -> None:
+def test_weights_that_do_not_fit_are_one_line(run: Path, more: list[str], words: str) -> None:
     out, err = ask(run, *more, code=2)
     assert out == ""
     assert words in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
-def test_other_folders_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "long.txt").write_text(TEXT)
-    _, err = ask(tmp_path / "nothing", code=2)
-    assert err == f"farspan: {tmp_path / 'nothing'} is no run directory: it has no config.yaml\n"
+@pytest.fixture
+def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused now is refused before a worker starts."""
+    monkeypatch.setattr(elastic, "run_workers", pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["attention.star=null", *RING, "--replicate-anchor"], "--star-block"),
+        (["attention.stars=3"], "there is no key attention.stars, did you mean 'star'?"),
+        (["attention.window={width: 8, full_layers: [0]}"], "give attention.window=null to read without windows"),
+        (["--prompt-file=nowhere.txt"], "--prompt-file nowhere.txt cannot be read: No such file or directory"),
+    ],
+)
+@pytest.mark.usefixtures("no_worker")
+def test_what_cannot_be_is_one_line(run: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(run), "--prompt-file", str(run.parent / "long.txt"), *more]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("farspan: ")
+    assert words in err
+
+
+@pytest.mark.usefixtures("no_worker")
+def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path / "nothing"), "--prompt-file", "long.txt"]) == 2
+    assert capsys.readouterr().err == f"farspan: {tmp_path / 'nothing'} is no run directory: it has no config.yaml\n"
 
 
 @pytest.mark.full

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.distributed
 LENGTH, VOCABULARY, LAYERS = 45, 66, 2
 # Odd documents: one of a single token, other ones in each row, and none at all that a context rank's share divides.
 DOCUMENTS = ([0, 1, 20, 45], [0, 7, 8, 33, 45])
+# How many tokens a token of each layer sees, itself included.
+WINDOWS = (9, LENGTH)
 # Which dim of a weight tensor ranks divide; the others are whole on each.
 ROWS_DIVIDED = ("query", "key", "value", "gate", "up", "projection", "embedding")
 COLUMNS_DIVIDED = ("out", "down")
@@ -120,7 +122,9 @@ def plain_rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return turned
 
 
-def plain_attention(config: ModelConfig, w: dict[str, Tensor], at: str, x: Tensor, positions: Tensor) -> Tensor:
+def plain_attention(
+    config: ModelConfig, w: dict[str, Tensor], at: str, x: Tensor, positions: Tensor, window: int
+) -> Tensor:
     def heads(name: str) -> Tensor:
         projected = x @ w[f"{at}.{name}.weight"].T
         if config.qkv_bias:
@@ -135,7 +139,8 @@ def plain_attention(config: ModelConfig, w: dict[str, Tensor], at: str, x: Tenso
     for row, documents in enumerate(DOCUMENTS):
         for begin in documents[1:-1]:
             which[row, begin:] += 1
-    seen = (which[:, :, None] == which[:, None, :]) & torch.ones(LENGTH, LENGTH).tril().bool()
+    near = torch.ones(LENGTH, LENGTH).tril().bool() & ~torch.ones(LENGTH, LENGTH).tril(-window).bool()
+    seen = (which[:, :, None] == which[:, None, :]) & near
     out = torch.zeros_like(q)
     for head in range(config.heads):
         kv_head = head // (config.heads // config.kv_heads)
@@ -151,7 +156,7 @@ def plain_losses(config: ModelConfig, w: dict[str, Tensor]) -> Tensor:
     for i in range(config.layers):
         at = f"layers.{i}"
         normed = plain_norm(x, w[f"{at}.attention_norm.weight"], config.norm_epsilon)
-        x = x + plain_attention(config, w, f"{at}.attention", normed, positions)
+        x = x + plain_attention(config, w, f"{at}.attention", normed, positions, WINDOWS[i])
         normed = plain_norm(x, w[f"{at}.feed_forward_norm.weight"], config.norm_epsilon)
         gate, up = (normed @ w[f"{at}.feed_forward.{name}.weight"].T for name in ("gate", "up"))
         x = x + (gate / (1 + torch.exp(-gate)) * up) @ w[f"{at}.feed_forward.down.weight"].T
@@ -178,14 +183,18 @@ def compare(
         for name, parameter in parameters.items():
             parameter.data.copy_(share(name, whole[name].detach(), tensor, mesh.tensor_rank))
         order = orders.build(order_name, LENGTH, context, stripe=4)
-        mask = masks.stack(masks.causal(LENGTH, documents) for documents in DOCUMENTS)
-        plan = plans.build(plan_name, order, mask, (config.heads // tensor, config.kv_heads // tensor))
+        heads = config.heads // tensor, config.kv_heads // tensor
+        prepared = []
+        for window in WINDOWS:
+            mask = masks.stack(masks.sliding_window(LENGTH, window, 0, documents) for documents in DOCUMENTS)
+            plan = plans.build(plan_name, order, mask, heads)
+            prepared.append(prepare(plan, order, mask, mesh.context_rank))
         tokens, labels, positions = text()
         batch = DecoderInput(
             tokens=order.shard(tokens, mesh.context_rank),
             labels=order.shard(labels, mesh.context_rank, padding=-100),
             rotary_positions=order.shard(positions, mesh.context_rank),
-            plan=prepare(plan, order, mask, mesh.context_rank),
+            plans=prepared,
             group=mesh.context,
         )
         total, losses = model(batch)

@@ -55,7 +55,7 @@ def plain_losses(model: Decoder, rows: Tensor, labels: Tensor, mask: IntervalMas
     order = orders.contiguous(length, 1)
     plan = plans.build("single", order, mask, (CONFIG.heads // tensor, CONFIG.kv_heads // tensor))
     positions = torch.arange(length).expand_as(rows)
-    _, losses = model(DecoderInput(rows, labels, positions, prepare(plan, order, mask, 0), None))
+    _, losses = model(DecoderInput(rows, labels, positions, [prepare(plan, order, mask, 0)] * CONFIG.layers, None))
     return losses
 
 

@@ -84,7 +84,7 @@ def batch(mesh: Mesh, number: int) -> DecoderInput:
         tokens=order.shard(tokens, mesh.context_rank),
         labels=order.shard(labels, mesh.context_rank, padding=-100),
         rotary_positions=order.shard(torch.arange(LENGTH)[None], mesh.context_rank),
-        plan=prepare(plan, order, mask, mesh.context_rank),
+        plans=[prepare(plan, order, mask, mesh.context_rank)] * LAYERS,
         group=mesh.context,
     )
 
@@ -157,14 +157,14 @@ def test_the_last_layers_are_those_that_keep_everything() -> None:
     for name, layer in layers.named_children():
         layer.register_forward_hook(lambda *_, name=name: called.append(name))
     x = torch.full((3,), 1.5, requires_grad=True)
-    Recomputation("full", keep, 2)(layers, x, mock.Mock())
+    Recomputation("full", keep, 2)(layers, x, [mock.Mock()] * 4)
     assert called == ["kept, last: False", "0", "kept, last: True", "1", "2", "3"]
 
 
 def test_a_second_backward_pass_is_refused() -> None:
     x = torch.ones(3, requires_grad=True)
     context = AttentionContext(mock.Mock(), None, mock.Mock())
-    out = Recomputation("full")(nn.ModuleList([Square(), Square()]), x, context)
+    out = Recomputation("full")(nn.ModuleList([Square(), Square()]), x, [context] * 2)
     out.sum().backward(retain_graph=True)
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full((3,), 4.0))
@@ -177,5 +177,5 @@ def test_without_gradients_nothing_is_kept() -> None:
         raise AssertionError
 
     with torch.no_grad():
-        out = Recomputation("full", keep)(nn.ModuleList([Square()]), torch.full((3,), 2.0), mock.Mock())
+        out = Recomputation("full", keep)(nn.ModuleList([Square()]), torch.full((3,), 2.0), [mock.Mock()])
     assert torch.equal(out, torch.full((3,), 4.0))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.oracle import dense_attention, difference, random_qkv
+from support.plan_cases import ORDERS, PlanCase, order_case, plan_cases
 from support.pool import Pool
+from support.run_plan import run_plan
 
 from farspan.kernels import masks
-from farspan.parallel import orders, plans
+from farspan.parallel import plans
 from farspan.parallel.degrees import Degrees, MeshError
-from farspan.parallel.execute import attention
-from farspan.parallel.prepare import prepare
+from farspan.parallel.plans import Topology
 
 
 def test_the_data_degree_is_what_is_left() -> None:
@@ -112,47 +114,53 @@ def test_groups_of_eight_ranks(pool: Pool) -> None:
     assert found[5]["control"] == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-def attention_in_groups(rank: int, world: int, context: int, tensor: int) -> tuple[float, list[int]]:
-    """Each context group has a row of its own; the worst difference to the oracle, and the group's global ranks."""
+def attention_in_groups(rank: int, world: int, context: int, tensor: int) -> tuple[float, int, list[int]]:
+    """Each context group has a row of its own, and each tensor rank its heads of it.
+
+    The worst difference to the oracle over all plans and orders, their number, and the group's global ranks.
+    """
     from farspan.parallel.mesh import Mesh
 
     length, heads = 45, (4, 2)
-    mesh = Mesh.create(Degrees(world // (context * tensor), context, tensor), torch.device("cpu"))
-    worst = 0.0
+    mesh = Mesh.create(Degrees(world // (context * tensor), context, tensor), torch.device("cpu"), outer_link=True)
+    cases = plan_cases(context)
+    if context == 2:  # each of the two hops is one between nodes, or neither is
+        cases += [PlanCase("hierarchical_ring", Topology(inner=inner)) for inner in (1, 2)]
+        cases += [PlanCase("usp", Topology(inner=1, ulysses=ulysses)) for ulysses in (1, 2)]
+    worst, place = 0.0, mesh.context_rank
+    cu_seqlens = [0, 1, 17 + mesh.data_rank, length]
+    mask = masks.causal(length, cu_seqlens)
+    document = torch.bucketize(torch.arange(length), torch.tensor(cu_seqlens[1:]), right=True)
+    allowed = (document[:, None] == document[None]) & torch.ones(length, length).tril().bool()
+    q, k, v, dout = random_qkv(length, (tensor * heads[0], tensor * heads[1]), 4, seed=mesh.data_rank)
+    expected = dense_attention(q, k, v, allowed[None], dout)
+    mine = [x.chunk(tensor, 2)[mesh.tensor_rank] for x in (q, k, v, dout)]
+    wanted = [x.chunk(tensor, 2)[mesh.tensor_rank] for x in (expected[0], *expected[2:])]
     try:
-        for order_name, plan_name in (("zigzag", "ring"), ("striped", "all_gather"), ("contiguous", "ring")):
-            order = orders.build(order_name, length, context, stripe=4)
-            cu_seqlens = [0, 1, 17 + mesh.data_rank, length]
-            mask = masks.causal(length, cu_seqlens)
-            whole = random_qkv(length, heads, 4, seed=tensor * mesh.data_rank + mesh.tensor_rank)
-            q, k, v, dout = (order.shard(x, mesh.context_rank) for x in whole)
-            for operand in (q, k, v):
-                operand.requires_grad_()
-            prepared = prepare(plans.build(plan_name, order, mask, heads), order, mask, mesh.context_rank)
-            out, _ = attention(q, k, v, prepared, mesh.context)
-            out.backward(dout)
-            document = torch.bucketize(torch.arange(length), torch.tensor(cu_seqlens[1:]), right=True)
-            allowed = (document[:, None] == document[None]) & torch.ones(length, length).tril().bool()
-            expected = dense_attention(*whole[:3], allowed[None], whole[3])
-            for got, wanted in zip((out.detach(), q.grad, k.grad, v.grad), (expected[0], *expected[2:])):
-                assert got is not None
-                worst = max(worst, difference(got, order.shard(wanted, mesh.context_rank)))
-        return worst, dist.get_process_group_ranks(mesh.context)
+        for order_name, case in product(ORDERS, cases):
+            order = order_case(order_name, length, context)
+            plan = plans.build(case.plan, order, mask, heads, case.topology)
+            (out, _, *gradients), _ = run_plan(place, plan, order, mask, tuple(mine), mesh.links)
+            for got, whole in zip((out, *gradients), wanted, strict=True):
+                worst = max(worst, difference(got, order.shard(whole, place)))
+        return worst, len(cases), dist.get_process_group_ranks(mesh.context)
     finally:
         mesh.destroy()
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("world", "context", "tensor", "last_group"), [(4, 2, 1, [2, 3]), (4, 2, 2, [1, 3]), (8, 2, 2, [5, 7])]
+    ("world", "context", "tensor", "last_group"),
+    [(4, 2, 1, [2, 3]), (4, 2, 2, [1, 3]), (8, 2, 2, [5, 7]), (8, 4, 1, [4, 5, 6, 7])],
 )
-def test_a_plan_runs_inside_a_group_that_is_not_the_world(
+def test_every_plan_runs_inside_a_group_that_is_not_the_world(
     pool: Pool, world: int, context: int, tensor: int, last_group: list[int]
 ) -> None:
     """A plan's ranks are places in the group, the executor's peers are global ranks."""
     results = pool.run(world, attention_in_groups, context, tensor)
-    assert results[-1][1] == last_group
-    assert max(worst for worst, _ in results) < 1e-10
+    assert results[-1][2] == last_group
+    assert results[-1][1] == (9 if context == 2 else 7)
+    assert max(worst for worst, _, _ in results) < 1e-10
 
 
 def wrong_world(rank: int, world: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -48,6 +49,7 @@ def _brute(length: int, sees: Callable[[int, int], bool]) -> Tensor:
     return torch.tensor([[sees(q, k) for k in range(length)] for q in range(length)])[None]
 
 
+@cache
 def mask_cases(length: int) -> list[MaskCase]:
     """One case a builder, with odd documents: one of a single token, lengths that nothing divides."""
     cu = [0, 1, min(6, length - 1), length // 2, length]

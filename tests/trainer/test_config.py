@@ -135,6 +135,21 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
             ["attention.star={block: 8, mode: sft}", "attention.across_documents=true"],
             "attention.star.mode sft goes by document; set attention.across_documents to false",
         ),
+        (["attention.window.width=0"], "attention.window.width is 0: input should be greater than 0"),
+        (["attention.window.sinks=4"], "attention.window.width is required"),
+        (
+            ["model.layers=4", "attention.window={width: 8, full_layers: [1, 4]}"],
+            "attention.window.full_layers [1, 4] must be different layers from 0 to 3 (model.layers)",
+        ),
+        (["attention.window={width: 8, full_layers: [1, 1]}"], "attention.window.full_layers [1, 1] must be different"),
+        (
+            ["model.layers=2", "attention.window={width: 8, full_layers: [0, 1]}"],
+            "names all 2 layers, so that none has a window; leave some out, or leave out attention.window",
+        ),
+        (
+            ["attention.window.width=8", "attention.star.block=8"],
+            "attention.star is for layers without a window, and attention.window.full_layers names none; name some",
+        ),
         (["parallel.plan=star"], "parallel.plan star sends the rows that parallel.order two_class marks, but "),
         (["parallel.plan=star"], "parallel.order is zigzag; set it to two_class"),
         (["parallel.order=two_class"], "two_class is for the global parts of Star Attention; set attention.star.block"),
@@ -250,6 +265,7 @@ def test_the_resolved_configuration_reads_back_as_the_same(path: Path, tmp_path:
         "optimizer.betas=[0.85, 0.99]",
         "optimizer.epsilon=1e-15",
         "optimizer.schedule=wsd",
+        "attention.window={width: 32, full_layers: [1]}",
         "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}, wall_clock_breakdown: false}",
     ]
     for number, overrides in enumerate(([], elsewhere, ["deepspeed=extra.json"], ["model.vocabulary_size=null"])):
@@ -300,6 +316,9 @@ def test_every_key_is_documented() -> None:
         "attention.star.anchor",
         "attention.star.mode",
         "attention.star.global_fraction",
+        "attention.window.width",
+        "attention.window.sinks",
+        "attention.window.full_layers",
         "optimizer.learning_rate",
         "data.sources",
         "data.tokenizer",

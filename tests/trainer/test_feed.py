@@ -13,10 +13,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from farspan.data.batch import Batch
 from farspan.data.prepared import Prepared
+from farspan.data.visibility import Window
 from farspan.models.config import ModelConfig
 from farspan.parallel import orders
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
+from farspan.parallel.verify import verify
 from farspan.trainer.config import RunConfig
 from farspan.trainer.feed import Feed
 
@@ -177,12 +179,34 @@ def test_context_ranks_derive_the_same_plan_of_their_batch(prepared: Prepared, p
     digests = []
     for step in range(2):
         made = [feed.decoder_input(feed.training_batches(step)[0]) for feed in feeds]
-        digests.append({batch.plan.plan.digest() for batch in made})
+        digests.append({prepared.plan.digest() for batch in made for prepared in batch.plans})
         for rank, (feed, batch) in enumerate(zip(feeds, made)):
-            assert batch.plan.rank == rank
-            assert batch.plan.plan.name == plan
-            assert batch.plan.plan.heads == (4, 2)
+            (prepared_plan,) = set(batch.plans)
+            assert len(batch.plans) == feed.config.model.layers
+            assert prepared_plan.rank == rank
+            assert prepared_plan.plan.name == plan
+            assert prepared_plan.plan.heads == (4, 2)
             assert batch.group is feed.mesh.links
             slots = feed.arrangement.order().slots
             assert batch.tokens.shape == batch.labels.shape == batch.rotary_positions.shape == (2, slots)
     assert [len(found) for found in digests] == [1, 1]
+
+
+def test_layers_have_the_plan_of_what_they_see(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the first of two layers has a window; `auto` chooses for each kind of layer by itself."""
+    monkeypatch.setattr("farspan.kernels.triton.backend._INTERPRETED", False)  # as on a GPU
+    changes = {
+        "parallel": {"context": 2, "plan": "auto"},
+        "attention": {"window": {"width": 4, "full_layers": [1]}, "across_documents": True},
+    }
+    feed = feed_of(prepared, Degrees(1, 2, 1), 0, 0, **changes)
+    narrow, full = feed.arrangement.layers
+    assert (narrow.window, full.window) == (Window(4), None)
+    batch = feed.training_batches(0)[0]
+    assert batch.masks[narrow].area() == 4 * LENGTH - 6
+    assert batch.masks[full].area() == LENGTH * (LENGTH + 1) // 2
+    for seen, made in zip((narrow, full), feed.decoder_input(batch).plans, strict=True):
+        reason = feed.plans[seen].reason
+        assert reason is not None
+        assert reason.startswith(f"for {seen.in_words}, parallel.plan auto is {made.plan.name}: ")
+        verify(made.plan, batch.order, batch.masks[seen])

@@ -35,7 +35,7 @@ def _estimate(length: int, processes: int, rows: int = 1, **sections: dict[str, 
     plan = plans.build("ring" if parallel.context > 1 else "single", order, mask, heads)
     found = verify(plan, order, mask, head_dim=128)
     lines = predict_attention(config, cluster, plan, order, found.visible, found.elements)
-    return estimate_step(config, degrees, cluster, lines["forward"], lines["backward"], order.slots)
+    return estimate_step(config, degrees, cluster, [lines] * config.model.layers, order.slots)
 
 
 @pytest.mark.parametrize(("length", "measured"), [(32768, 2.505), (65536, 6.978), (131072, 22.149)])
