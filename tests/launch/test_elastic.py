@@ -142,7 +142,7 @@ def test_interrupt_of_the_whole_terminal_lets_the_workers_save(tmp_path):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         time.sleep(0.3)
         os.killpg(process.pid, signal.SIGTERM)  # the same stop, delivered twice
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=90)
     assert process.returncode == 0
     assert output == "ready\nsaved after ['SIGTERM']\n"
     assert logs(tmp_path, "stdout")[1] == "ready\nsaved after ['SIGTERM']\n"
@@ -158,7 +158,7 @@ def test_terminal_that_is_closed_lets_the_workers_save(tmp_path):
         process.stdout.close()
         process.stderr.close()
         process.send_signal(signal.SIGHUP)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=90) == 0
     assert logs(tmp_path, "stdout") == ["ready\nsaved after ['SIGTERM']\n"] * 2
 
 
