@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,8 @@ def attention(
     return _PlannedAttention.apply(q, k, v, _Call(prepared, groups, index, scale, backend, memory))
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Call:
     prepared: PreparedPlan
     groups: Mapping[str, dist.ProcessGroup] | None
     index: Index | None
