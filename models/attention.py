@@ -27,20 +27,20 @@ class Attending(Protocol):
         """`[B, slots, H or Hkv, D]`, rotated, to `[B, slots, H, D]`."""
 
 
-Estimate = Callable[[Tensor, Tensor], Index | None]
+Selector = Callable[[Tensor, Tensor], Index | None]
 """From a rank's queries and keys, rotated, `[B, slots, H or Hkv, D]`, to what is selected; None for dense attention."""
 
 
 class LayerIndex:
     """What one layer selects in one micro-batch: estimated once, and the same when the layer is computed again."""
 
-    def __init__(self, estimate: Estimate) -> None:
-        self._estimate = estimate
+    def __init__(self, select: Selector) -> None:
+        self._select = select
         self._found: tuple[Index | None] | None = None
 
     def __call__(self, q: Tensor, k: Tensor) -> Index | None:
         if self._found is None:
-            self._found = (self._estimate(q.detach(), k.detach()),)
+            self._found = (self._select(q.detach(), k.detach()),)
         return self._found[0]
 
 

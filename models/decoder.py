@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
-from farspan.models.attention import Attending, AttentionContext, Estimate, LayerIndex, SelfAttention
+from farspan.models.attention import Attending, AttentionContext, LayerIndex, Selector, SelfAttention
 from farspan.models.config import ModelConfig
 from farspan.models.layers import FeedForward, RMSNorm, Sharding, column_linear
 from farspan.models.loss import VocabularyLoss
@@ -24,7 +24,7 @@ class DecoderInput:
     """One micro-batch as a context rank holds it: its slots of every row, already in the plan's order.
 
     tokens, labels and rotary_positions are int64 `[B, slots]`; a label of -100 is no label. `plans` are those of the
-    layers, one each, all over one order; layers with the same mask share theirs. `estimates` likewise: what selects a
+    layers, one each, all over one order; layers with the same mask share theirs. `selectors` likewise: what chooses a
     layer's sparse attention, None for a dense one.
     """
 
@@ -33,7 +33,7 @@ class DecoderInput:
     rotary_positions: Tensor
     plans: Sequence[PreparedPlan]
     group: Groups
-    estimates: Sequence[Estimate | None] | None = None
+    selectors: Sequence[Selector | None] | None = None
 
 
 class Layer(nn.Module):
@@ -103,8 +103,8 @@ class Decoder(nn.Module):
         """
         turn = rotation(batch.rotary_positions, self.frequencies)
         contexts = [
-            AttentionContext(plan, batch.group, turn, self.backend, index=estimate and LayerIndex(estimate))
-            for plan, estimate in zip(batch.plans, batch.estimates or [None] * len(self.layers), strict=True)
+            AttentionContext(plan, batch.group, turn, self.backend, index=select and LayerIndex(select))
+            for plan, select in zip(batch.plans, batch.selectors or [None] * len(self.layers), strict=True)
         ]
         x = self.embedding(batch.tokens.flatten())
         if self.sharding.sequence_parallel:

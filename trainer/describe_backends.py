@@ -28,6 +28,7 @@ def attention_problem(config: RunConfig, capability: tuple[int, int] | None) -> 
         value_dim=model.head_dim,
         dtype=torch.bfloat16 if train.dtype == "bf16" else torch.float32,
         capability=capability,
+        sparse=config.attention.sparse is not None,
     )
 
 
