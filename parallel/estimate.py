@@ -49,7 +49,13 @@ class Estimator:
     def __call__(self, q: Tensor, k: Tensor, scale: float | None = None) -> Estimate:
         """q `[B, slots, H, D]` and k `[B, slots, Hkv, D]` of this rank, rotated; collective."""
         return vertical_slash(
-            self._probe_queries(q.detach()), k.detach(), self.k_positions, self.probes, self.settings, self.holders, scale
+            self._probe_queries(q.detach()),
+            k.detach(),
+            self.k_positions,
+            self.probes,
+            self.settings,
+            self.holders,
+            scale,
         )
 
     def _probe_queries(self, q: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ class Recall:
     ) -> None:
         """`group` is of the ranks that share the row; None for one."""
         held = order.positions[rank]
-        self.group, self.keys = group, held
+        self.group = group
         self.slots = to_device(torch.from_numpy(np.searchsorted(held, positions).clip(max=len(held) - 1)), device)
         self.here = to_device(torch.from_numpy(np.isin(positions, held)), device)
         self.rows = to_device(torch.from_numpy(positions.astype(np.int64)), device)
@@ -60,7 +62,8 @@ class Recall:
         self._all(sums, dist.ReduceOp.SUM)
         return torch.where(sums[0] > 0, sums[1] / sums[0], 1.0)
 
-    def _scores(self, rows: Tensor, k: Tensor):  # type: ignore[no-untyped-def]
+    def _scores(self, rows: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Keys, and the rows' scores of them, `[B, H, rows, keys]`, -inf where the mask hides."""
         for first in range(0, k.shape[1], _KEYS):
             keys = slice(first, min(first + _KEYS, k.shape[1]))
             scores = torch.einsum("bpkgd,bnkd->bkgpn", rows, k[:, keys].float()).flatten(1, 2)
@@ -73,9 +76,8 @@ class Recall:
         distance = self.rows[:, None] // index.block - positions // index.block
         inside = (distance >= 0) & (distance < index.diagonals.shape[2])
         by_tile = index.diagonals[:, :, torch.where(inside, distance, 0)] & inside
-        at = torch.searchsorted(
-            index.columns, positions.to(index.columns.dtype).expand(*index.columns.shape[:2], -1).contiguous()
-        )
+        wanted = positions.int().expand(*index.columns.shape[:2], -1).contiguous()
+        at = torch.searchsorted(index.columns, wanted)
         found = index.columns.gather(2, at.clamp(max=index.columns.shape[2] - 1)) == positions
         return by_tile | found[:, :, None]
 

@@ -19,7 +19,6 @@ from farspan.parallel.cluster import load_cluster
 from farspan.parallel.orders import ORDERS
 from farspan.parallel.plans import PLANS, Topology
 
-
 # Plans whose blocks begin and end with any token, and not with tiles.
 CUT_ANYWHERE = ("group_cast", "star")
 

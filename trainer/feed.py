@@ -117,14 +117,14 @@ class Feed:
 
     def _selectors(self, sparse: SparseAttention, batch: Batch, step: int | None) -> list[Selector | None]:
         """Layers that see alike share an estimator."""
-        layers, sights = self.arrangement.layers, {}
-        alone = self.mesh.degrees.context == 1
-        shared = (self.mesh.context_rank, None if alone else self.mesh.context, self.mesh.device)
+        layers, order, sights = self.arrangement.layers, batch.order, {}
+        rank, device = self.mesh.context_rank, self.mesh.device
+        group = None if self.mesh.degrees.context == 1 else self.mesh.context
         for seen in dict.fromkeys(layers[layer] for layer in sparse.layers):
-            given = batch.order, batch.masks[seen]
-            estimator = Estimator(*given, sparse.settings.settings, *shared)
-            measured = step is not None and sparse.reports(step)
-            recall = Recall(sparse.recall_rows(step or 0), *given, *shared) if measured else None
+            mask, recall = batch.masks[seen], None
+            estimator = Estimator(order, mask, sparse.settings.settings, rank, group, device)
+            if step is not None and sparse.reports(step):
+                recall = Recall(sparse.recall_rows(step), order, mask, rank, group, device)
             sights[seen] = Sight(estimator, recall)
         return sparse.selectors([sights[seen] if i in sparse.layers else None for i, seen in enumerate(layers)])
 

@@ -109,9 +109,7 @@ def _denominators(exponents: Tensor, sums: Tensor, holders: Holders) -> Tensor:
     return torch.where(total > 0, log, 0.0).float()
 
 
-def _columns(
-    scores: Tensor, k_positions: Tensor, target: Tensor, most: int, length: int, holders: Holders
-) -> Tensor:
+def _columns(scores: Tensor, k_positions: Tensor, target: Tensor, most: int, length: int, holders: Holders) -> Tensor:
     """Positions int32 `[B, H, most]` of the chosen columns, in no order; `length` where there are fewer."""
     candidates = ranked(scores, k_positions).flatten(0, 1)
     # The strongest of all holders are among the strongest of each.

@@ -264,7 +264,17 @@ def _place():
 
 @triton.jit
 def _keys(
-    k, stride_b, stride_s, stride_h, batch, kv_head, tile, keys, DIM: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr
+    k,
+    stride_b,
+    stride_s,
+    stride_h,
+    batch,
+    kv_head,
+    tile,
+    keys,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     slot = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.arange(0, PADDED)

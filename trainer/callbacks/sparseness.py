@@ -36,7 +36,8 @@ class Sparseness:
         if not recalls:
             return
         recall = _of_all_heads(torch.stack(recalls), tensor)
-        by_stage = _of_all_heads(torch.from_numpy(self._work(found)).to(density.device), tensor, 1)
+        pairs = np.stack([work(selected.index, self.order) for selected in found.values()])
+        by_stage = _of_all_heads(torch.from_numpy(pairs).to(density.device), tensor)
         record.further["sparse_recall"] = float(recall.mean())
         for layer, line, shares in zip(found, recall, by_stage.cpu().numpy()):
             total = shares.sum(0)
@@ -58,13 +59,9 @@ class Sparseness:
             board.heat_map(record.step, "sparse/density by layer and head", density.cpu().numpy())
             board.heat_map(record.step, "sparse/work by rank and stage", whole)
 
-    def _work(self, found: dict[int, object]) -> np.ndarray:
-        """int64 `[layers, heads, ranks, stages]`."""
-        return np.stack([work(self.sparse.newest[layer].index, self.order) for layer in found])
 
-
-def _of_all_heads(mine: Tensor, tensor: dist.ProcessGroup, dim: int = 1) -> Tensor:
-    """The heads of all tensor ranks, along `dim`."""
+def _of_all_heads(mine: Tensor, tensor: dist.ProcessGroup) -> Tensor:
+    """`[layers, heads, ...]` of all tensor ranks' heads."""
     parts = [torch.empty_like(mine) for _ in range(tensor.size())]
     dist.all_gather(parts, mine.contiguous(), group=tensor)
-    return torch.cat(parts, dim)
+    return torch.cat(parts, 1)
