@@ -48,7 +48,7 @@ def attend(
     _check(q, k, v, mask, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype if out_dtype is None else out_dtype
-    problem = Problem.of(q, k, v, accumulate=accumulate is not None, sparse=index is not None)
+    problem = Problem.of(q, k, v, accumulate=accumulate is not None, index_block=index.block if index else None)
     choice = choose(problem, mask, backend)
 
     def run(part: Part, dtype: torch.dtype, total: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -104,8 +104,8 @@ def attend_backward(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype if out_dtype is None else out_dtype
     accumulates = any(total is not None for total in accumulate)
-    given = {"accumulate": accumulates, "out_given": out is not None, "sparse": index is not None}
-    problem = Problem.of(q, k, v, backward=True, **given)
+    block = index.block if index else None
+    problem = Problem.of(q, k, v, backward=True, accumulate=accumulates, out_given=out is not None, index_block=block)
     choice = choose(problem, mask, backend)
 
     def run(part: Part, dtype: torch.dtype, totals: Totals) -> Gradients:
