@@ -180,11 +180,11 @@ class SparseSection(_Section):
     mass: float = Field(0.9, gt=0, le=1)
     """Share of what the probe rows attend to that each head's selection computes, unless a cap stops it."""
     probes: Literal[16, 32, 64, 128] = 64
-    """Rows from whose attention a selection is estimated: the last of a sequence,"""
+    """Rows of a probe set, from whose attention a selection is estimated: the last ones of a sequence."""
     segments: int = Field(1, gt=0)
-    """the last of each of so many equal parts of it,"""
+    """Equal parts of a sequence, each with a probe set at its end."""
     documents: int = Field(0, ge=0)
-    """and the last of its longest documents, so many."""
+    """How many of a sequence's documents, the longest, have a probe set at their ends as well."""
     sinks: int = Field(30, ge=0)
     """First tokens of a sequence, which are always selected."""
     local_blocks: int = Field(2, gt=0)
