@@ -193,6 +193,8 @@ class SparseSection(_Section):
     """Single keys that a head selects at most; 128 of them cost as much as a diagonal."""
     most_diagonals: int = Field(512, gt=0)
     """Diagonals of tiles that a head selects at most."""
+    budgets: Path | None = None
+    """A file of `farspan calibrate`: heads select as many columns and diagonals as that says, whatever their mass."""
     refresh: int = Field(1, gt=0)
     """Steps for which a layer keeps its selection before it is estimated anew."""
     dense_layers: list[Annotated[int, Field(ge=0)]] = []

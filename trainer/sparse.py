@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,8 @@ class SparseAttention:
         self.layers = sorted(set(full) - set(settings.dense_layers))
         self.newest: dict[int, Selected] = {}
         self.step, self.training = 0, True
+        self.watch: Callable[[int, VerticalSlashIndex], None] | None = None
+        """Is told what a layer would select, while attention stays dense."""
 
     def begin(self, step: int, training: bool) -> None:
         """`step` counts from 0; an evaluation is that of the step before."""
@@ -71,6 +73,9 @@ class SparseAttention:
     def _selector(self, layer: int, sight: Sight) -> Selector:
         def select(q: Tensor, k: Tensor) -> VerticalSlashIndex | None:
             if not self.active:
+                return None
+            if self.watch is not None:
+                self.watch(layer, sight.estimator(q, k).index)
                 return None
             refresh, kept = self.settings.refresh, self.newest.get(layer)
             if self.training and refresh > 1 and kept is not None and kept.step // refresh == self.step // refresh:
