@@ -1,4 +1,4 @@
-"""Fixed budgets of sparse attention: how many columns and diagonals each head selects, written by `farspan calibrate`."""
+"""Fixed budgets of sparse attention: how many columns and diagonals each head selects, by `farspan calibrate`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Budgets:
         for lists in (budgets.columns, budgets.diagonals):
             if len(lists) != layers or any(len(numbers) not in (0, heads) for numbers in lists):
                 raise ConfigError(
-                    f"attention.sparse.budgets {path} is of another model: this one has {layers} layers of {heads} heads"
+                    f"attention.sparse.budgets {path} is of another model: this one has {layers} layers of {heads} query "
+                    "heads"
                 )
         return budgets

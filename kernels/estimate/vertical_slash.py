@@ -7,7 +7,8 @@ the mass that is left, until `mass` of all is computed. The keys may be spread o
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +20,7 @@ from farspan.kernels.estimate.settings import VerticalSlash
 from farspan.kernels.estimate.units import PLACE_BITS, SUM_BITS, WEIGHT_BITS, mass_bits
 from farspan.kernels.index import VerticalSlashIndex
 from farspan.kernels.tiles import TILE
-from farspan.kernels.triton import estimate as kernels
-
-
-class Estimate(NamedTuple):
-    """An index, and what share of the probes' attention it computes: fp64 `[B, H]`, 1 where they see nothing."""
-
-    index: VerticalSlashIndex
-    covered: Tensor
+from farspan.kernels.triton.estimate import launch
 
 
 class Holders(Protocol):
@@ -64,7 +58,7 @@ def vertical_slash(
     settings: VerticalSlash,
     holders: Holders | None = None,
     scale: float | None = None,
-) -> Estimate:
+) -> tuple[VerticalSlashIndex, Tensor]:
     """The index of every query head, from the probes' queries and the keys that are here.
 
     Args:
@@ -73,15 +67,19 @@ def vertical_slash(
         holders: of the keys; this device alone when None.
         scale: of the scores; `D ** -0.5` when None.
 
+    Returns:
+        the index, and what share of the probes' attention it computes: fp64 `[B, H]`, 1 where they see nothing.
+
     Nothing here waits for a GPU. What is chosen never depends on keys after a probe.
     """
     _check(q, k, probes)
     holders = holders or Alone()
     length, bits = probes.length, mass_bits(probes.rows)
-    passes = kernels if k.device.type == "cuda" else reference
+    passes: ModuleType = launch if k.device.type == "cuda" else reference
     given = (q.contiguous(), k, probes, q.shape[-1] ** -0.5 if scale is None else scale)
 
-    lse = _denominators(*passes.row_weights(*given), holders)
+    exponents, weights = passes.row_weights(*given)
+    lse = _denominators(exponents, weights, holders)
     scores, sums = passes.column_scores(*given, lse, bits, settings)
     sums = holders.total(torch.cat([sums, scores.sum(-1, keepdim=True)], -1))
     always, in_all, in_columns = sums.unbind(-1)
@@ -97,7 +95,7 @@ def vertical_slash(
     diagonals = _diagonals(left, needed, settings)
     index = VerticalSlashIndex(diagonals, _with_sinks(columns, settings.sinks, length), length)
     covered = in_all - torch.where(diagonals, 0, left).sum(-1)
-    return Estimate(index, torch.where(in_all > 0, covered / in_all.clamp(min=1).double(), 1.0))
+    return index, torch.where(in_all > 0, covered / in_all.clamp(min=1).double(), 1.0)
 
 
 def _denominators(exponents: Tensor, sums: Tensor, holders: Holders) -> Tensor:

@@ -61,7 +61,7 @@ def masses(q: Tensor, k: Tensor, allowed: Tensor, settings: VerticalSlash, mask:
 
 def covered(weights: Tensor, positions: Tensor, index: VerticalSlashIndex) -> Tensor:
     """fp64 `[B, H]`: the share of the probes' attention that the index computes."""
-    batch, heads, _, length = weights.shape
+    batch = weights.shape[0]
     dense = index.to_dense()
     rows = positions.expand(batch, -1)
     selected = dense.transpose(1, 2)[torch.arange(batch)[:, None], rows].transpose(1, 2)
