@@ -75,12 +75,12 @@ class SparseAttention:
             if not self.active:
                 return None
             if self.watch is not None:
-                self.watch(layer, sight.estimator(q, k).index)
+                self.watch(layer, sight.estimator(q, k)[0])
                 return None
             refresh, kept = self.settings.refresh, self.newest.get(layer)
             if self.training and refresh > 1 and kept is not None and kept.step // refresh == self.step // refresh:
                 return kept.index
-            index = sight.estimator(q, k).index
+            index, _ = sight.estimator(q, k)
             if self.training:
                 recall = None if sight.recall is None else sight.recall(q, k, index)
                 self.newest[layer] = Selected(self.step, index, recall)

@@ -14,7 +14,7 @@ from farspan.kernels.tiles import TILE, TileMap
 from farspan.kernels.triton.portable.backward import dkdv_kernel, dq_kernel
 from farspan.kernels.triton.portable.columns import column_kernel
 from farspan.kernels.triton.portable.forward import forward_kernel
-from farspan.kernels.triton.portable.shapes import Shape, dkdv_shape, dq_shape, forward_shape
+from farspan.kernels.triton.portable.shapes import Shape, column_shape, dkdv_shape, dq_shape, forward_shape
 from farspan.kernels.triton.selected import Columns, SelectedTiles
 from farspan.kernels.triton.tensors import rows_in_steps_of_16_bytes, strided
 
@@ -149,7 +149,7 @@ def _gradients_of_columns(
     if columns is None:
         return {"column_places": None, "dk_columns": None, "dv_columns": None, "most": 0}
     batch, rows, heads, _ = q.shape
-    shape = dkdv_shape(_widest(q, v), q.itemsize)
+    shape = column_shape(_widest(q, v), q.itemsize)
     groups = triton.cdiv(columns.most, shape.block_n)
     shares = min(_COLUMN_PROGRAMS // (groups * heads * batch), triton.cdiv(rows, TILE * _COLUMN_ROW_TILES))
     shares = max(shares, 1)
