@@ -36,8 +36,9 @@ class Estimator:
         """
         if order.world > 1 and (group is None or group.size() != order.world):
             raise ValueError(f"an order of {order.world} ranks needs the process group of these ranks")
-        self.settings, self.group = settings, group
-        self.holders: Holders = Alone() if order.world == 1 or group is None else _Group(group)
+        self.settings = settings
+        self._group = group if order.world > 1 else None
+        self._holders: Holders = Alone() if self._group is None else _Group(self._group)
         held = order.positions[rank]
         positions = probe_positions(mask, settings)
         self.probes = Probes.of(positions, mask, held, device)
@@ -55,7 +56,7 @@ class Estimator:
             self.k_positions,
             self.probes,
             self.settings,
-            self.holders,
+            self._holders,
             scale,
         )
 
@@ -63,9 +64,8 @@ class Estimator:
         """`[B, H, probes, D]` on all ranks: a sum, as integers, of one rank's bits and of zeros."""
         row = torch.arange(q.shape[0], device=q.device)[:, None]
         taken = torch.where(self._here[..., None, None], q[row, self._slots], 0).transpose(1, 2).contiguous()
-        if isinstance(self.holders, _Group):
-            assert self.group is not None
-            dist.all_reduce(taken.flatten().view(torch.int32), group=self.group)
+        if self._group is not None:
+            dist.all_reduce(taken.flatten().view(torch.int32), group=self._group)
         return taken
 
 

@@ -2,7 +2,8 @@
 
 A few rows, the probes, attend to all keys. Columns that they attend to are chosen by mass, then diagonals of blocks by
 the mass that is left, until `mass` of all is computed. The keys may be spread over several holders: each calls
-`vertical_slash` with its own, and the result is the same, bit for bit, however many they are and whatever each holds.
+`vertical_slash` with its own, and the result is the same, bit for bit, however many they are and whatever each holds,
+on devices of one kind.
 """
 
 from __future__ import annotations
