@@ -2,10 +2,10 @@
 
     python benchmarks/sparse_attention.py --lengths 32768,131072 --densities 0.05,0.1 --output sparse_attention.jsonl
 
-Indexes are drawn: the two nearest diagonals of 128 x 128 tiles and others whose distances are log-uniform, until the share
-of causal tiles is reached, and `--columns` single keys a head. Peers on the same inputs: cuDNN and our own kernels on all
-causal pairs, and FlexAttention on the same tiles (without columns). The time of the index is that of one estimation, whose
-cost does not depend on what it finds. On a CPU it runs the reference backend, for trying the script out.
+Indexes are drawn: the two nearest diagonals of 128 x 128 tiles and others whose distances are log-uniform, until the
+share of causal tiles is reached, and `--columns` single keys a head. Peers on the same inputs: cuDNN and our kernels
+on all causal pairs, and FlexAttention on the same tiles (without columns). The time of the index is that of one
+estimation, whose cost does not depend on what it finds. On a CPU it runs the reference backend, for trying it out.
 """
 
 from __future__ import annotations

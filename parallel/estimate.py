@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels import IntervalMask, to_device
-from farspan.kernels.estimate import Alone, Holders, Probes, VerticalSlash, probe_positions, vertical_slash
+from farspan.kernels.estimate import Alone, Budgets, Holders, Probes, VerticalSlash, probe_positions, vertical_slash
 from farspan.kernels.estimate.select import shortest
 from farspan.kernels.index import VerticalSlashIndex
 from farspan.parallel.orders import Order
@@ -48,7 +48,9 @@ class Estimator:
         here = (held[slots] == wanted) & (wanted < order.length)
         self._slots, self._here = (to_device(torch.from_numpy(x), device) for x in (slots, here))
 
-    def __call__(self, q: Tensor, k: Tensor, scale: float | None = None) -> tuple[VerticalSlashIndex, Tensor]:
+    def __call__(
+        self, q: Tensor, k: Tensor, scale: float | None = None, budgets: Budgets | None = None
+    ) -> tuple[VerticalSlashIndex, Tensor]:
         """Of q `[B, slots, H, D]` and k `[B, slots, Hkv, D]` of this rank, rotated: as `vertical_slash`; collective."""
         return vertical_slash(
             self._probe_queries(q.detach()),
@@ -58,6 +60,7 @@ class Estimator:
             self.settings,
             self._holders,
             scale,
+            budgets,
         )
 
     def _probe_queries(self, q: Tensor) -> Tensor:

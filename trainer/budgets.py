@@ -43,7 +43,7 @@ class Budgets:
         for lists in (budgets.columns, budgets.diagonals):
             if len(lists) != layers or any(len(numbers) not in (0, heads) for numbers in lists):
                 raise ConfigError(
-                    f"attention.sparse.budgets {path} is of another model: this one has {layers} layers of {heads} query "
-                    "heads"
+                    f"attention.sparse.budgets {path} is of another model: this one has {layers} layers of {heads} "
+                    "query heads"
                 )
         return budgets

@@ -42,7 +42,7 @@ class Feed:
         heldout = Rows(Corpus(prepared, "heldout"), config.train.sequence_length, config.run.seed)
         self.heldout = heldout
         self.heldout_rows = min(config.eval.rows, len(heldout))
-        self.sparse = None if config.attention.sparse is None else SparseAttention(config)
+        self.sparse = None if config.attention.sparse is None else SparseAttention(config, mesh.tensor_rank)
         self._ahead: tuple[int, list[Batch], DecoderInput] | None = None
 
     def look_ahead(self, step: int) -> None:

@@ -2,6 +2,6 @@
 
 from farspan.kernels.estimate.probes import Probes, probe_positions
 from farspan.kernels.estimate.settings import VerticalSlash
-from farspan.kernels.estimate.vertical_slash import Alone, Holders, vertical_slash
+from farspan.kernels.estimate.vertical_slash import Alone, Budgets, Holders, vertical_slash
 
-__all__ = ["Alone", "Holders", "Probes", "VerticalSlash", "probe_positions", "vertical_slash"]
+__all__ = ["Alone", "Budgets", "Holders", "Probes", "VerticalSlash", "probe_positions", "vertical_slash"]

@@ -9,7 +9,7 @@ on devices of one kind.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ from farspan.kernels.estimate.units import PLACE_BITS, SUM_BITS, WEIGHT_BITS, ma
 from farspan.kernels.index import VerticalSlashIndex
 from farspan.kernels.tiles import TILE
 from farspan.kernels.triton.estimate import launch
+
+_ALL = 1 << 62  # more than any mass
+
+
+class Budgets(NamedTuple):
+    """Fixed numbers of columns and of diagonals, int64 `[H]` on the keys' device, besides what is always computed."""
+
+    columns: Tensor
+    diagonals: Tensor
 
 
 class Holders(Protocol):
@@ -59,6 +68,7 @@ def vertical_slash(
     settings: VerticalSlash,
     holders: Holders | None = None,
     scale: float | None = None,
+    budgets: Budgets | None = None,
 ) -> tuple[VerticalSlashIndex, Tensor]:
     """The index of every query head, from the probes' queries and the keys that are here.
 
@@ -67,6 +77,7 @@ def vertical_slash(
         k_positions: int64 `[N]` on the keys' device; those at or past `probes.length` are padding.
         holders: of the keys; this device alone when None.
         scale: of the scores; `D ** -0.5` when None.
+        budgets: take the place of `settings.mass`: each head takes the strongest, so many, within `settings`' caps.
 
     Returns:
         the index, and what share of the probes' attention it computes: fp64 `[B, H]`, 1 where they see nothing.
@@ -84,16 +95,19 @@ def vertical_slash(
     scores, sums = passes.column_scores(*given, lse, bits, settings)
     sums = holders.total(torch.cat([sums, scores.sum(-1, keepdim=True)], -1))
     always, in_all, in_columns = sums.unbind(-1)
-    wanted = share(in_all, settings.mass)
+    wanted = share(in_all, settings.mass if budgets is None else 1.0)
     # Columns take what `mass` of them has, at most what is wanted of all; a score is never above a column's mass.
     target = torch.minimum(share(in_columns, settings.mass), wanted - always)
+    if budgets is not None:
+        target = torch.full_like(target, _ALL)
     columns = _columns(scores, k_positions, target, settings.most_columns, length, holders)
+    columns = _first(columns, None if budgets is None else budgets.columns, length)
     chosen = _at_slots(columns, k_positions)
     left = passes.diagonal_masses(*given, lse, bits, settings, chosen)
     left = holders.total(_by_distance(left, probes))
     remaining = left.sum(-1)
     needed = wanted - (in_all - remaining)
-    diagonals = _diagonals(left, needed, settings)
+    diagonals = _diagonals(left, needed, settings, None if budgets is None else budgets.diagonals)
     index = VerticalSlashIndex(diagonals, _with_sinks(columns, settings.sinks, length), length)
     covered = in_all - torch.where(diagonals, 0, left).sum(-1)
     return index, torch.where(in_all > 0, covered / in_all.clamp(min=1).double(), 1.0)
@@ -109,7 +123,7 @@ def _denominators(exponents: Tensor, sums: Tensor, holders: Holders) -> Tensor:
 
 
 def _columns(scores: Tensor, k_positions: Tensor, target: Tensor, most: int, length: int, holders: Holders) -> Tensor:
-    """Positions int32 `[B, H, most]` of the chosen columns, in no order; `length` where there are fewer."""
+    """Positions int32 `[B, H, most]` of the chosen columns, the strongest first; `length` where there are fewer."""
     candidates = ranked(scores, k_positions).flatten(0, 1)
     # The strongest of all holders are among the strongest of each.
     candidates = candidates.topk(min(most, candidates.shape[1]), dim=-1).values
@@ -137,11 +151,20 @@ def _by_distance(left: Tensor, probes: Probes) -> Tensor:
     return left.new_zeros(*left.shape[:2], blocks).scatter_add_(2, at, left.flatten(2))
 
 
-def _diagonals(left: Tensor, needed: Tensor, settings: VerticalSlash) -> Tensor:
+def _first(chosen: Tensor, count: Tensor | None, nowhere: int) -> Tensor:
+    """Of each head's choices `[B, H, most]`, the strongest first, as many as it may have."""
+    if count is None:
+        return chosen
+    place = torch.arange(chosen.shape[2], device=chosen.device)
+    return torch.where(place < count[:, None], chosen, nowhere)
+
+
+def _diagonals(left: Tensor, needed: Tensor, settings: VerticalSlash, count: Tensor | None) -> Tensor:
     """Bool `[B, H, blocks]`: the local diagonals, and the strongest others that make up what is needed."""
     blocks = left.shape[2]
     distance = torch.arange(blocks, device=left.device)
     chosen = shortest(ranked(left, distance), needed, min(settings.most_diagonals, blocks), blocks)
+    chosen = _first(chosen, count, blocks)
     selected = left.new_zeros(*left.shape[:2], blocks + 1, dtype=torch.bool)
     selected.scatter_(2, chosen.long(), True)
     return selected[..., :blocks] | (distance < settings.local_blocks)

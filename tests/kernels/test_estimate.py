@@ -14,7 +14,7 @@ from support.planted import covered, masses, planted
 from torch import Tensor
 
 from farspan.kernels import IntervalMask, masks
-from farspan.kernels.estimate import Probes, VerticalSlash, probe_positions, reference, vertical_slash
+from farspan.kernels.estimate import Budgets, Probes, VerticalSlash, probe_positions, reference, vertical_slash
 from farspan.kernels.estimate.units import mass_bits
 from farspan.kernels.index import VerticalSlashIndex
 from farspan.kernels.tiles import TILE
@@ -27,12 +27,14 @@ COLUMNS, OFFSETS = (40, 200, 205, 333, 411), (300, 641)
 EVERYWHERE = VerticalSlash(segments=2, documents=3, sinks=4, local_blocks=1)
 
 
-def estimate(q: Tensor, k: Tensor, mask: IntervalMask, settings: VerticalSlash) -> tuple[VerticalSlashIndex, Tensor]:
+def estimate(
+    q: Tensor, k: Tensor, mask: IntervalMask, settings: VerticalSlash, budgets: Budgets | None = None
+) -> tuple[VerticalSlashIndex, Tensor]:
     positions = probe_positions(mask, settings)
     probes = Probes.of(positions, mask, np.arange(mask.rows))
     rows = torch.from_numpy(positions).flatten(1).clamp(max=mask.rows - 1)
     queries = q[torch.arange(q.shape[0])[:, None], rows].transpose(1, 2)
-    return vertical_slash(queries, k, torch.arange(mask.rows), probes, settings)
+    return vertical_slash(queries, k, torch.arange(mask.rows), probes, settings, budgets=budgets)
 
 
 def allowed(mask: IntervalMask) -> Tensor:
@@ -110,6 +112,17 @@ def test_planted_columns_and_diagonals_are_found_and_nothing_else() -> None:
         assert set(index.columns[0, head].tolist()) == {*COLUMNS, LENGTH}
         # What is 300 and 641 tokens before the probes is 2 and 5 blocks before them, but for 4 probes.
         assert index.diagonals[0, head].nonzero().flatten().tolist() == [0, 1, 2, 5]
+
+
+def test_budgets_take_the_strongest_whatever_their_mass() -> None:
+    q, k = planted(LENGTH, (2, 1), COLUMNS, OFFSETS, 14.0)
+    budgets = Budgets(torch.tensor([3, 0]), torch.tensor([0, 2]))
+    settings = VerticalSlash(mass=0.01, sinks=0, local_blocks=1)
+    index, _ = estimate(q, k, masks.causal(LENGTH), settings, budgets)
+    assert index.column_counts().tolist() == [[3, 0]]
+    assert set(index.columns[0, 0, :3].tolist()) < set(COLUMNS)
+    assert index.diagonals[0].sum(-1).tolist() == [1, 3]
+    assert set(index.diagonals[0, 1].nonzero().flatten().tolist()) <= {0, 1, 2, 3, 4, 5, 6, 7}
 
 
 @pytest.mark.parametrize("width", [1, 40, 96])
