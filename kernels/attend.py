@@ -8,6 +8,7 @@ from torch import Tensor
 from farspan.kernels.backends import REGISTRY
 from farspan.kernels.backends.base import BackwardCall, ForwardCall
 from farspan.kernels.choice import Part, choose
+from farspan.kernels.index import Selection
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import accumulation_dtype
 from farspan.kernels.problem import Problem
@@ -23,7 +24,7 @@ def attend(
     v: Tensor,
     mask: IntervalMask,
     *,
-    index: None = None,
+    index: Selection | None = None,
     scale: float | None = None,
     backend: str = "auto",
     out_dtype: torch.dtype | None = None,
@@ -34,7 +35,7 @@ def attend(
     Args:
         q: `[B, S, H, D]`. k: `[B, N, Hkv, D]`. v: `[B, N, Hkv, Dv]`; query head h reads kv head `h // (H // Hkv)`.
         mask: rows are the S rows of q, keys the N slots of k.
-        index: dynamic sparse selections; no backend takes one yet (ValueError).
+        index: what is computed of that which the mask shows; all of it when None. Libraries take none (ValueError).
         scale: of the scores; `D ** -0.5` when None.
         backend: one of `BACKENDS`; "auto" is the fastest that can express the call, by the measured table of `rates`,
             and may give rectangles of the mask to a library and the rest to another backend.
@@ -47,12 +48,12 @@ def attend(
     _check(q, k, v, mask, index)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype if out_dtype is None else out_dtype
-    problem = Problem.of(q, k, v, accumulate=accumulate is not None)
+    problem = Problem.of(q, k, v, accumulate=accumulate is not None, index_block=index.block if index else None)
     choice = choose(problem, mask, backend)
 
     def run(part: Part, dtype: torch.dtype, total: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         rows, keys, values = q[:, part.rows], k[:, part.keys], v[:, part.keys]
-        return REGISTRY[part.backend].attend(ForwardCall(rows, keys, values, part.mask, scale, dtype, total))
+        return REGISTRY[part.backend].attend(ForwardCall(rows, keys, values, part.mask, index, scale, dtype, total))
 
     first, *others = choice.parts
     spans_all = first.rows == slice(0, q.shape[1])
@@ -78,7 +79,7 @@ def attend_backward(
     lse: Tensor,
     mask: IntervalMask,
     *,
-    index: None = None,
+    index: Selection | None = None,
     scale: float | None = None,
     backend: str = "auto",
     delta: Tensor | None = None,
@@ -103,7 +104,8 @@ def attend_backward(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype if out_dtype is None else out_dtype
     accumulates = any(total is not None for total in accumulate)
-    problem = Problem.of(q, k, v, backward=True, accumulate=accumulates, out_given=out is not None)
+    block = index.block if index else None
+    problem = Problem.of(q, k, v, backward=True, accumulate=accumulates, out_given=out is not None, index_block=block)
     choice = choose(problem, mask, backend)
 
     def run(part: Part, dtype: torch.dtype, totals: Totals) -> Gradients:
@@ -117,6 +119,7 @@ def attend_backward(
             lse[:, :, rows],
             delta[:, :, rows],
             part.mask,
+            index,
             scale,
             dtype,
             totals,
@@ -161,9 +164,7 @@ def _zeros(tensors: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Gradie
     return dq, dk, dv
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, index: None) -> None:
-    if index is not None:
-        raise ValueError("a sparse index was given, but none of the backends takes one")
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, index: Selection | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q, k, v must be [B, S, H, D], [B, N, Hkv, D], [B, N, Hkv, Dv]; got {[tuple(x.shape) for x in (q, k, v)]}"
@@ -174,3 +175,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, index: None) -> 
         )
     if mask.rows != q.shape[1] or mask.batch not in (1, q.shape[0]):
         raise ValueError(f"a mask of {mask.batch} x {mask.rows} rows does not fit q {tuple(q.shape)}")
+    if index is not None:
+        tiles = tuple(-(-length // index.block) for length in (q.shape[1], k.shape[1]))
+        if index.tiles.shape[1:] != (q.shape[2], *tiles) or index.tiles.shape[0] not in (1, q.shape[0]):
+            raise ValueError(
+                f"an index of {tuple(index.tiles.shape)} tiles does not fit q {tuple(q.shape)} and k {tuple(k.shape)}: "
+                f"it must be [B, {q.shape[2]}, {tiles[0]}, {tiles[1]}]"
+            )

@@ -84,6 +84,8 @@ def _fastest(problem: Problem, mask: IntervalMask, deterministic: bool) -> Choic
     able = [name for name, backend in REGISTRY.items() if backend.refusal(problem) is None]
     if deterministic and problem.backward:
         able = [name for name in able if REGISTRY[name].deterministic]
+    if problem.sparse and "triton" in able:
+        return Choice((_whole(mask, problem, "triton"),), apart=True)
     if problem.capability is None or "triton" not in able:
         return Choice((_whole(mask, problem, "reference"),), apart=True)
     table = rates.of_capability(problem.capability)

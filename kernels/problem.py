@@ -14,7 +14,7 @@ class Problem:
 
     `capability` is the GPU's compute capability, such as (9, 0); None on a CPU.
     `accumulate`: whether results go into those of other calls. `out_given`: whether a backward call gets the global
-    out itself, and not its delta alone.
+    out itself, and not its delta alone. `index_block`: the side of the tiles that an index selects; None without.
     """
 
     batch: int
@@ -28,14 +28,26 @@ class Problem:
     backward: bool = False
     accumulate: bool = False
     out_given: bool = True
+    index_block: int | None = None
+
+    @property
+    def sparse(self) -> bool:
+        return self.index_block is not None
 
     @staticmethod
     def of(
-        q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False, accumulate: bool = False, out_given: bool = True
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        backward: bool = False,
+        accumulate: bool = False,
+        out_given: bool = True,
+        index_block: int | None = None,
     ) -> Problem:
         (batch, _, heads, dim), (_, keys, kv_heads, value_dim) = q.shape, v.shape
-        gpu = capability(q.device)
-        return Problem(batch, keys, heads, kv_heads, dim, value_dim, q.dtype, gpu, backward, accumulate, out_given)
+        shape = (batch, keys, heads, kv_heads, dim, value_dim, q.dtype, capability(q.device))
+        return Problem(*shape, backward, accumulate, out_given, index_block)
 
     def results(self, rows: int, keys: int) -> int:
         """Elements that a call over so many rows and keys returns: those of out, or of dq, dk and dv."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 
 import torch
@@ -13,13 +14,23 @@ from farspan.kernels.masks import IntervalMask
 TILE = 128
 
 
+class Kind(IntEnum):
+    """How much of a tile a mask shows."""
+
+    NOTHING = 0
+    PARTIAL = 1
+    FULL = 2
+
+
 @dataclass(frozen=True, eq=False)
 class TileLists:
     """For each tile of one side, the tiles of the other side that it meets, in ascending order.
 
-    Tile t of mask row b meets `full_tiles[full_start[b * n + t] : full_start[b * n + t + 1]]`, where every element is
-    visible, and likewise `partial_tiles`, where elements must be tested. All are int32. `longest_first` `[B, n]` is
-    an order in which to start the tiles, so that the last ones to finish are short.
+    Tile t of list row b meets `full_tiles[full_start[b * n + t] : full_start[b * n + t + 1]]`, where every element is
+    visible, and likewise `partial_tiles`, where elements must be tested. All are int32. A list row is a row of the
+    mask's batch; with `heads`, where each query head has lists of its own, it is `b * heads + h`, and starts are int64.
+    `longest_first` `[B, n]` is an order in which to start the tiles, so that the last ones to finish are short; with
+    `heads` it is `[B, H, n]`, or `[B, Hkv, n]` where the tiles are of keys, which a kv head's query heads share.
     """
 
     full_start: Tensor
@@ -27,6 +38,12 @@ class TileLists:
     partial_start: Tensor
     partial_tiles: Tensor
     longest_first: Tensor
+    heads: int = 0
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """List rows from one batch element to the next, and from one query head to the next; 0 where they share."""
+        return (max(self.heads, 1) if len(self.longest_first) > 1 else 0), int(self.heads > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +78,34 @@ class TileMap:
     def by_key(self) -> TileLists:
         """For each tile of keys its tiles of rows."""
         return _lists(*(kind.transpose(1, 2) for kind in self._active))
+
+    @cached_property
+    def kinds(self) -> Tensor:
+        """The `Kind` of each tile, int8 `[B, row tiles, key tiles]`: 16 MiB at half a million tokens."""
+        full, partial = self._active
+        return full.to(torch.int8) * Kind.FULL + partial.to(torch.int8) * Kind.PARTIAL
+
+    @cached_property
+    def kind_counts(self) -> tuple[int, int]:
+        """Full and partial tiles, summed over the mask's batch, known to the host."""
+        return int((self.kinds == Kind.FULL).sum()), int((self.kinds == Kind.PARTIAL).sum())
+
+    @cached_property
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """The first key that any row of a row tile sees, and one past the last, int32 `[B, row tiles]`.
+
+        Of a tile that sees nothing the first is the number of keys, and the last 0.
+        """
+        begin, end, anchor_begin, anchor_end = self.mask.bounds
+        blind = (end <= begin) & (anchor_end <= anchor_begin)
+        first = torch.where(blind, self.keys, torch.minimum(begin, anchor_begin))
+        last = torch.where(blind, 0, torch.maximum(end, anchor_end))
+        padding = (0, -self.mask.rows % TILE)
+        first, last = (
+            torch.nn.functional.pad(x, padding, value=fill).unflatten(1, (-1, TILE))
+            for x, fill in ((first, self.keys), (last, 0))
+        )
+        return first.amin(2).int(), last.amax(2).int()
 
     @cached_property
     def pairs(self) -> int:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from farspan.kernels.index import Selection
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.merge import merge_into
 from farspan.kernels.problem import Problem
@@ -22,6 +23,7 @@ class ForwardCall:
     k: Tensor
     v: Tensor
     mask: IntervalMask
+    index: Selection | None
     scale: float
     out_dtype: torch.dtype
     accumulate: tuple[Tensor, Tensor] | None
@@ -46,6 +48,7 @@ class BackwardCall:
     lse: Tensor
     delta: Tensor
     mask: IntervalMask
+    index: Selection | None
     scale: float
     out_dtype: torch.dtype
     accumulate: tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -28,6 +28,8 @@ class FlashAttention4:
         dim, value_dim = problem.head_dim, problem.value_dim
         if dim != value_dim or dim % 8 or dim > 128:
             return f"flash_attn_4 takes one head dim, a multiple of 8 up to 128, got {dim} and {value_dim}"
+        if problem.sparse:
+            return "flash_attn_4 computes all that a mask shows, and a sparse index selects a part of it"
         if not problem.out_given:
             return "flash_attn_4 computes delta itself and needs the global out, which rows that travel leave behind"
         return _missing()

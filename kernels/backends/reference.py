@@ -37,7 +37,7 @@ def attend(call: ForwardCall) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(batch, rows, heads, v.shape[3], dtype=work)
     lse = q.new_full((batch, heads, rows), float("-inf"), dtype=work)
     for tile in _tiles(call.mask, q, k):
-        weights = _scores(queries, keys, call.mask, tile, call.scale)
+        weights = _scores(queries, keys, call, tile)
         highest = _finite(weights.amax(-1))
         weights.sub_(highest[..., None]).exp_()
         total = weights.sum(-1)
@@ -60,7 +60,7 @@ def attend_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     dk = torch.zeros_like(keys, dtype=work, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(values, dtype=work, memory_format=torch.contiguous_format)
     for tile in _tiles(call.mask, q, k):
-        weights = _scores(queries, keys, call.mask, tile, scale)
+        weights = _scores(queries, keys, call, tile)
         shape = weights.shape[2:4]
         weights.sub_(_finite(row_lse[..., tile.rows])[..., None]).exp_()
         weights = weights.flatten(2, 3)
@@ -106,13 +106,16 @@ def _block_bounds(mask: IntervalMask, rows: int) -> tuple[Tensor, Tensor, Tensor
     return reduce(low, big, False), reduce(high, 0, True), reduce(seen, big, False)
 
 
-def _scores(queries: Tensor, keys: Tensor, mask: IntervalMask, tile: _Tile, scale: float) -> Tensor:
-    """Scaled scores `[B, Hkv, group, rows, keys]`, -inf where the mask hides."""
+def _scores(queries: Tensor, keys: Tensor, call: ForwardCall | BackwardCall, tile: _Tile) -> Tensor:
+    """Scaled scores `[B, Hkv, group, rows, keys]`, -inf where the mask hides or the index leaves out."""
     work = accumulation_dtype(queries.dtype)
-    rows = queries[:, :, :, tile.rows].to(work) * scale
+    rows = queries[:, :, :, tile.rows].to(work) * call.scale
     scores = (rows.flatten(2, 3) @ keys[:, :, tile.keys].to(work).transpose(-1, -2)).unflatten(2, rows.shape[2:4])
     if not tile.whole:
-        scores.masked_fill_(~mask.visible(tile.rows, tile.keys)[:, None, None], float("-inf"))
+        scores.masked_fill_(~call.mask.visible(tile.rows, tile.keys)[:, None, None], float("-inf"))
+    if call.index is not None:
+        selected = call.index.visible(tile.rows, tile.keys).unflatten(1, scores.shape[1:3])
+        scores.masked_fill_(~selected, float("-inf"))
     return scores
 
 

@@ -38,6 +38,8 @@ class TorchLibrary:
                 f"{self.name} takes one head dim for keys and values, a multiple of 8 up to {self.max_dim}, "
                 f"got {dim} and {value_dim}"
             )
+        if problem.sparse:
+            return f"{self.name} computes all that a mask shows, and a sparse index selects a part of it"
         if not problem.out_given:
             return f"{self.name} computes delta itself and needs the global out, which rows that travel leave behind"
         return None

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from farspan.kernels.backends.base import BackwardCall, ForwardCall
 from farspan.kernels.problem import Problem
-from farspan.kernels.tiles import TileMap
+from farspan.kernels.tiles import TILE, TileMap
 from farspan.kernels.triton.hopper import launch as hopper
 from farspan.kernels.triton.portable import launch as portable
+from farspan.kernels.triton.selected import SelectedTiles
 from farspan.kernels.triton.tensors import last_contiguous, new_or
 
 any_mask = True
@@ -27,6 +28,8 @@ def refusal(problem: Problem) -> str | None:
         return f"triton takes bf16, fp16 and fp32, got {problem.dtype}"
     if _INTERPRETED and problem.dtype == torch.bfloat16:
         return "triton computes bf16 wrongly where TRITON_INTERPRET is set"
+    if problem.index_block not in (None, TILE):
+        return f"triton takes a sparse index of {TILE}-token tiles, got one of {problem.index_block}"
     dims = problem.head_dim, problem.value_dim
     if max(dims) > 256 or any(dim * problem.dtype.itemsize % 16 for dim in dims):
         return f"triton takes head dims up to 256 whose rows are multiples of 16 bytes, got {dims[0]} and {dims[1]}"
@@ -40,8 +43,11 @@ def attend(call: ForwardCall) -> tuple[Tensor, Tensor]:
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     else:
         out, lse = call.accumulate
-    kernels = hopper if hopper.takes(q, v) else portable
-    kernels.forward(q, k, v, TileMap.of(call.mask, k.shape[1]), call.scale, out, lse, call.accumulate is not None)
+    accumulates = call.accumulate is not None
+    if hopper.takes(q, v, sparse=call.index is not None):
+        hopper.forward(q, k, v, TileMap.of(call.mask, k.shape[1]), call.scale, out, lse, accumulates)
+    else:
+        portable.forward(q, k, v, _tiles(call), call.scale, out, lse, accumulates)
     return out, lse
 
 
@@ -50,6 +56,14 @@ def attend_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (new_or(x, call.out_dtype, total) for x, total in zip((q, k, v), totals, strict=True))
     adds = (totals[0] is not None, totals[1] is not None, totals[2] is not None)
     lse, delta = last_contiguous(call.lse), last_contiguous(call.delta)
-    kernels = hopper if hopper.takes(q, v) else portable
-    kernels.backward(call.dout, q, k, v, lse, delta, TileMap.of(call.mask, k.shape[1]), call.scale, (dq, dk, dv), adds)
+    if hopper.takes(q, v, sparse=call.index is not None):
+        of_mask = TileMap.of(call.mask, k.shape[1])
+        hopper.backward(call.dout, q, k, v, lse, delta, of_mask, call.scale, (dq, dk, dv), adds)
+    else:
+        portable.backward(call.dout, q, k, v, lse, delta, _tiles(call), call.scale, (dq, dk, dv), adds)
     return dq, dk, dv
+
+
+def _tiles(call: ForwardCall | BackwardCall) -> TileMap | SelectedTiles:
+    of_mask = TileMap.of(call.mask, call.k.shape[1])
+    return of_mask if call.index is None else SelectedTiles(of_mask, call.index, call.k.shape[2])

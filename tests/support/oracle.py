@@ -15,12 +15,15 @@ from farspan.kernels import IntervalMask, masks
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-    """out, lse, dq, dk, dv in fp64 by autograd over full matrices; `allowed` is boolean `[B or 1, S, N]`."""
+    """out, lse, dq, dk, dv in fp64 by autograd over full matrices.
+
+    `allowed` is boolean `[B or 1, S, N]`, or by head `[B or 1, H, S, N]`.
+    """
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
     keys, values = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, keys) / math.sqrt(q.shape[3])
-    allowed = allowed[:, None]
+    allowed = allowed if allowed.dim() == 4 else allowed[:, None]
     sees = allowed.any(-1, keepdim=True)
     scores = torch.where(allowed, scores, torch.where(sees, -torch.inf, 0.0))
     weights = torch.softmax(scores, -1) * sees

@@ -19,7 +19,10 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from farspan.kernels.estimate.units import NOTHING, QUARTERS, STANDS_OUT, WEIGHT_BITS
 from farspan.kernels.tiles import TILE
+from farspan.kernels.triton.estimate import kernels as estimate
+from farspan.kernels.triton.estimate.launch import WARPS
 from farspan.kernels.triton.hopper import shapes
 from farspan.kernels.triton.hopper.dkdv import dkdv_kernel
 from farspan.kernels.triton.hopper.dq import dq_kernel
@@ -27,10 +30,15 @@ from farspan.kernels.triton.hopper.forward import forward_kernel
 from farspan.kernels.triton.hopper.one_pass import one_pass_kernel
 from farspan.kernels.triton.portable import backward as portable_backward
 from farspan.kernels.triton.portable import forward as portable_forward
-from farspan.kernels.triton.portable.shapes import dkdv_shape, dq_shape, forward_shape
+from farspan.kernels.triton.portable.columns import column_kernel
+from farspan.kernels.triton.portable.shapes import Shape, column_shape, dkdv_shape, dq_shape, forward_shape
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _BOUNDS = ("begin", "end", "anchor_begin", "anchor_end")
+_COLUMNS = (
+    *("k_rows", "v_rows", "column_slots", "column_first", "column_stop", "selected"),
+    *("column_places", "dk_columns", "dv_columns", "most"),
+)
 _LISTS = ("full_start", "full_tiles", "partial_start", "partial_tiles", "longest_first")
 
 
@@ -39,7 +47,9 @@ def report(
 ) -> None:
     names = kernel.arg_names
     kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in kinds.items() if kind.startswith("*")}
+    # As at run time: tensors begin at multiples of 16 bytes, and so do rows of k and v.
+    sixteens = [n for n, kind in kinds.items() if kind.startswith("*") or n.startswith(("k_stride", "v_stride"))]
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in sixteens if kinds[n] != "constexpr"}
     values = {(names.index(n),): value for n, value in constants.items()}
     source = (GluonASTSource if "hopper" in name else ASTSource)(kernel, kinds, values, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -114,40 +124,64 @@ def _gluon_signature(kernel: Any, dim: int, boxes: dict[str, int]) -> dict[str, 
 
 
 def portable_kernels(dim: int) -> None:
-    kernels = (
-        ("forward", portable_forward.forward_kernel, forward_shape(dim, 2), {"VALUE_DIM": dim, "ACCUMULATE": False}),
-        ("dq", portable_backward.dq_kernel, dq_shape(dim, 2), {"DIM": dim, "ACCUMULATE": False}),
-        (
-            "dkdv",
-            portable_backward.dkdv_kernel,
-            dkdv_shape(dim, 2),
-            {"DIM": dim, "VALUE_DIM": dim, "ACCUMULATE_DK": False, "ACCUMULATE_DV": False},
-        ),
-    )
-    for (name, kernel, shape, own), lists in ((x, lists) for x in kernels for lists in (False, True)):
-        rows = {"q": shape.block_m, "dout": shape.block_m, "k": shape.block_n, "v": shape.block_n}
-        boxes = {f"{x}_desc": f"tensordesc<bf16[1, 1, {count}, {dim}]>" for x, count in rows.items()}
-        constants = {
-            **own,
-            "GROUP": 4,
-            "LISTS": lists,
-            "PRECISION": "ieee",
-            "PADDED_DIM": dim,
-            "PADDED_VALUE_DIM": dim,
-            "TILE": TILE,
-            "BLOCK_M": shape.block_m,
-            "BLOCK_N": shape.block_n,
-        }
-        options = {"num_warps": shape.warps, "num_stages": shape.stages}
-        signature = {**_scalars(kernel), **boxes}
-        report(f"portable {name} {dim} {'lists' if lists else 'dense'}", kernel, signature, constants, options)
+    for kind in ("dense", "lists", "sparse"):
+        walk = {"LISTS": kind != "dense", "COLUMNS": kind == "sparse"}
+        rows = {**walk, "ACCUMULATE": False}
+        portable_kernel(f"forward {dim} {kind}", portable_forward.forward_kernel, dim, forward_shape(dim, 2), rows)
+        portable_kernel(f"dq {dim} {kind}", portable_backward.dq_kernel, dim, dq_shape(dim, 2), rows)
+        keys = {**walk, "ACCUMULATE_DK": False, "ACCUMULATE_DV": False}
+        portable_kernel(f"dkdv {dim} {kind}", portable_backward.dkdv_kernel, dim, dkdv_shape(dim, 2), keys)
+    portable_kernel(f"columns {dim} sparse", column_kernel, dim, column_shape(dim, 2), {"LISTS": True, "COLUMNS": True})
+
+
+def portable_kernel(name: str, kernel: Any, dim: int, shape: Shape, own: dict[str, Any]) -> None:
+    boxes = {"q": shape.block_m, "dout": shape.block_m, "k": shape.block_n, "v": shape.block_n}
+    descriptors = {f"{x}_desc": f"tensordesc<bf16[1, 1, {rows}, {dim}]>" for x, rows in boxes.items()}
+    constants = {
+        **own,
+        **({} if own["COLUMNS"] else dict.fromkeys(_COLUMNS)),
+        "GROUP": 4,
+        "PRECISION": "ieee",
+        "DIM": dim,
+        "VALUE_DIM": dim,
+        "PADDED_DIM": dim,
+        "PADDED_VALUE_DIM": dim,
+        "TILE": TILE,
+        "BLOCK_M": shape.block_m,
+        "BLOCK_N": shape.block_n,
+    }
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {**_scalars(kernel), **descriptors}
+    if own["COLUMNS"]:
+        signature |= {"full_start": "*i64", "partial_start": "*i64"}
+    if kernel is column_kernel:
+        signature |= {"dk": "*fp32", "dv": "*fp32"}
+    options = {"num_warps": shape.warps, "num_stages": shape.stages}
+    report(f"portable {name}", kernel, signature, constants, options)
+
+
+def estimate_kernels(dim: int) -> None:
+    signature = dict.fromkeys(("q", "k"), "*bf16") | dict.fromkeys(("scores_out", "masses_out", "left"), "*i64")
+    signature |= dict.fromkeys(("exponents", "sums", "blocks", "k_blocks", "first_block"), "*i32") | {"chosen": "*u8"}
+    constants = {"GROUP": 4, "DIM": dim, "PADDED_DIM": dim, "SIZE": 64, "TILE": TILE}
+    own: dict[str, tuple[Any, dict[str, Any]]] = {
+        "row weights": (estimate.row_weights_kernel, {"NONE": NOTHING, "UNIT": 2.0**WEIGHT_BITS}),
+        "column scores": (estimate.column_scores_kernel, {"QUARTERS": QUARTERS, "STANDS_OUT": STANDS_OUT}),
+        "diagonal masses": (estimate.diagonal_masses_kernel, {}),
+    }
+    for name, (kernel, more) in own.items():
+        kinds = {**_scalars(kernel), **{n: kind for n, kind in signature.items() if n in kernel.arg_names}}
+        report(f"estimate {name} {dim}", kernel, kinds, constants | more, {"num_warps": WARPS})
 
 
 def _scalars(kernel: Any) -> dict[str, str]:
     """Types of all arguments that are neither descriptors nor constants."""
     pointers = dict.fromkeys((*_BOUNDS, *_LISTS), "*i32") | dict.fromkeys(("out", "dq", "dk", "dv"), "*bf16")
     pointers |= {"sums": "*fp32", "counters": "*i32"}
-    pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
+    pointers |= dict.fromkeys(_COLUMNS, "*i32") | dict.fromkeys(("k", "v", "k_rows", "v_rows"), "*bf16")
+    pointers |= {"selected": "*u8", "dk_columns": "*fp32", "dv_columns": "*fp32", "most": "i32"}
+    pointers |= {"first_tile": "*i32", "stop_tile": "*i32"}
+    pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32", "unit": "fp32"}
     return {name: pointers.get(name, "i32") for name in kernel.arg_names}
 
 
@@ -155,3 +189,4 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         hopper_kernels(int(argument))
         portable_kernels(int(argument))
+        estimate_kernels(int(argument))

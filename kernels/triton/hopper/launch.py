@@ -24,10 +24,11 @@ from farspan.kernels.triton.tensors import rows_in_steps_of_16_bytes, strided
 _L2_BYTES = 24 << 20
 
 
-def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether these kernels compute such tensors; the portable ones compute the rest."""
+def takes(q: Tensor, v: Tensor, sparse: bool) -> bool:
+    """Whether these kernels compute such tensors, under a sparse index or not; the portable ones compute the rest."""
     return (
-        q.device.type == "cuda"
+        not sparse
+        and q.device.type == "cuda"
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] == v.shape[3]

@@ -10,9 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton.portable.walk import block_of, listed_walk, row_bounds, row_walk, visible
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from farspan.kernels.triton.portable.columns import column_walk, gathered, group_of, outside_tiles
+from farspan.kernels.triton.portable.walk import (
+    block_of,
+    key_walk,
+    listed_place,
+    row_bounds,
+    row_statistics,
+    row_walk,
+    visible,
+    write_rows,
+)
 
 
 @triton.jit
@@ -41,6 +49,21 @@ def dq_kernel(
     partial_tiles,
     longest_first,
     mask_stride,
+    lists_stride_b,
+    lists_stride_h,
+    k_rows,  # what k_desc and v_desc describe, for columns
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_rows,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    column_slots,  # Columns
+    column_first,
+    column_stop,
+    selected,
+    most,  # columns of a head
     rows,
     keys,
     offset,
@@ -48,9 +71,11 @@ def dq_kernel(
     scale_log2,
     GROUP: tl.constexpr,
     LISTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
     TILE: tl.constexpr,
@@ -60,10 +85,11 @@ def dq_kernel(
     """dq of one tile of rows and one query head; arguments as in the forward kernel."""
     head, batch = tl.program_id(1), tl.program_id(2)
     kv_head = head // GROUP
+    lists = batch * lists_stride_b + head * lists_stride_h
     SPLIT: tl.constexpr = TILE // BLOCK_N if LISTS else 1
     # fmt: off
-    first_row, full_first, full_stop, partial_first, partial_stop = row_walk(
-        batch, rows, keys, offset, full_start, partial_start, longest_first, mask_stride,
+    first_row, full_list, full_first, full_stop, partial_list, partial_first, partial_stop = row_walk(
+        lists, rows, keys, offset, full_start, full_tiles, partial_start, partial_tiles, longest_first,
         LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
     )
     # fmt: on
@@ -71,13 +97,13 @@ def dq_kernel(
 
     q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
     dout = dout_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_VALUE_DIM)
-    row_lse, row_delta = _row_statistics(
+    row_lse, row_delta = row_statistics(
         lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, batch, head, row, rows
     )
     total = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
 
     for i in tl.range(full_first, full_stop):
-        key = block_of(full_tiles, i, LISTS, SPLIT, TILE, BLOCK_N)
+        key = block_of(full_list, i, LISTS, SPLIT, TILE, BLOCK_N)
         k = k_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_DIM)
         v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
@@ -89,7 +115,7 @@ def dq_kernel(
         row, rows, keys, offset, begin, end, anchor_begin, anchor_end, batch * mask_stride * rows, LISTS
     )
     for i in tl.range(partial_first, partial_stop):
-        key = block_of(partial_tiles, i, LISTS, SPLIT, TILE, BLOCK_N)
+        key = block_of(partial_list, i, LISTS, SPLIT, TILE, BLOCK_N)
         k = k_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_DIM)
         v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
@@ -98,8 +124,25 @@ def dq_kernel(
         ds = p * (tl.dot(dout, v.T, input_precision=PRECISION) - row_delta[:, None])
         total = tl.dot(ds.to(k.dtype), k, total, input_precision=PRECISION)
 
+    if COLUMNS:
+        column, past_columns = column_walk(lists, first_row, rows, column_first, column_stop, TILE)
+        for i in tl.range(column, past_columns, BLOCK_N):
+            slot = group_of(lists, i, column_slots, most, keys, BLOCK_N)
+            wanted = outside_tiles(lists, first_row, slot, rows, keys, selected, TILE)
+            # fmt: off
+            k = gathered(k_rows, k_stride_b, k_stride_h, k_stride_s, batch, kv_head, slot, wanted, DIM, PADDED_DIM)
+            v = gathered(
+                v_rows, v_stride_b, v_stride_h, v_stride_s, batch, kv_head, slot, wanted, VALUE_DIM, PADDED_VALUE_DIM
+            )
+            # fmt: on
+            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            p = tl.exp2(scores * scale_log2 - row_lse[:, None])
+            p = tl.where(visible(slot, bounds, 0) & wanted[None, :], p, 0.0)
+            ds = p * (tl.dot(dout, v.T, input_precision=PRECISION) - row_delta[:, None])
+            total = tl.dot(ds.to(k.dtype), k, total, input_precision=PRECISION)
+
     at = dq + batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
-    _write(at, dq_stride_s, row, rows, total * scale, DIM, PADDED_DIM, ACCUMULATE)
+    write_rows(at, dq_stride_s, row, rows, total * scale, DIM, PADDED_DIM, ACCUMULATE)
 
 
 @triton.jit
@@ -132,6 +175,12 @@ def dkdv_kernel(
     partial_tiles,
     longest_first,
     mask_stride,
+    lists_stride_b,
+    lists_stride_h,
+    column_places,  # Columns.places
+    dk_columns,  # [B, H, most, D]: what each query head gives to its columns, as made by the column kernel
+    dv_columns,  # [B, H, most, Dv]
+    most,
     rows,
     keys,
     offset,
@@ -139,6 +188,7 @@ def dkdv_kernel(
     scale_log2,
     GROUP: tl.constexpr,
     LISTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ACCUMULATE_DK: tl.constexpr,
     ACCUMULATE_DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -154,17 +204,11 @@ def dkdv_kernel(
     kv_head, batch = tl.program_id(1), tl.program_id(2)
     SPLIT: tl.constexpr = TILE // BLOCK_M if LISTS else 1
     if LISTS:
-        first_key, full_first, full_stop, partial_first, partial_stop = listed_walk(
-            batch, keys, full_start, partial_start, longest_first, mask_stride, SPLIT, TILE, BLOCK_N
-        )
+        lists = batch * lists_stride_b + kv_head * GROUP * lists_stride_h
+        order = tl.where(lists_stride_h == 0, lists, lists // GROUP)
+        first_key = listed_place(order, keys, longest_first, TILE, BLOCK_N)
     else:
         first_key = tl.program_id(0) * BLOCK_N
-        # The first row that sees the first key, and the first that sees all keys that exist.
-        partial_first = tl.minimum(tl.maximum(first_key - offset, 0), rows) // BLOCK_M
-        last_key = tl.minimum(first_key + BLOCK_N, keys) - 1
-        full_first = tl.cdiv(tl.minimum(tl.maximum(last_key - offset, 0), rows), BLOCK_M)
-        full_stop = tl.cdiv(rows, BLOCK_M)
-        partial_stop = full_first
     key = first_key + tl.arange(0, BLOCK_N)
 
     k = k_desc.load([batch, kv_head, first_key, 0]).reshape(BLOCK_N, PADDED_DIM)
@@ -172,14 +216,35 @@ def dkdv_kernel(
     dk_total = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
     dv_total = tl.zeros([BLOCK_N, PADDED_VALUE_DIM], tl.float32)
 
+    if COLUMNS:
+        for member in tl.range(0, GROUP):
+            head = kv_head * GROUP + member
+            member_lists = (batch * lists_stride_b + head * lists_stride_h).to(tl.int64)
+            place = tl.load(column_places + member_lists * (keys + 1) + key, mask=key < keys, other=0) - 1
+            heads = tl.num_programs(1) * GROUP
+            # fmt: off
+            dk_total += gathered(
+                dk_columns, heads * most * DIM, most * DIM, DIM, batch, head, place, place >= 0, DIM, PADDED_DIM
+            )
+            dv_total += gathered(
+                dv_columns, heads * most * VALUE_DIM, most * VALUE_DIM, VALUE_DIM, batch, head, place, place >= 0,
+                VALUE_DIM, PADDED_VALUE_DIM,
+            )
+            # fmt: on
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
+        # fmt: off
+        full_list, full_first, full_stop, partial_list, partial_first, partial_stop = key_walk(
+            batch * lists_stride_b + head * lists_stride_h, first_key, rows, keys, offset,
+            full_start, full_tiles, partial_start, partial_tiles, LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
+        )
+        # fmt: on
         for i in tl.range(partial_first, partial_stop):
-            first_row = block_of(partial_tiles, i, LISTS, SPLIT, TILE, BLOCK_M)
+            first_row = block_of(partial_list, i, LISTS, SPLIT, TILE, BLOCK_M)
             q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
             dout = dout_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_VALUE_DIM)
             row = first_row + tl.arange(0, BLOCK_M)
-            row_lse, row_delta = _row_statistics(
+            row_lse, row_delta = row_statistics(
                 lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, batch, head, row, rows
             )
             bounds = row_bounds(
@@ -192,11 +257,11 @@ def dkdv_kernel(
             ds = p * (tl.dot(v, dout.T, input_precision=PRECISION) - row_delta[None, :])
             dk_total = tl.dot(ds.to(q.dtype), q, dk_total, input_precision=PRECISION)
         for i in tl.range(full_first, full_stop):
-            first_row = block_of(full_tiles, i, LISTS, SPLIT, TILE, BLOCK_M)
+            first_row = block_of(full_list, i, LISTS, SPLIT, TILE, BLOCK_M)
             q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
             dout = dout_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_VALUE_DIM)
             row = first_row + tl.arange(0, BLOCK_M)
-            row_lse, row_delta = _row_statistics(
+            row_lse, row_delta = row_statistics(
                 lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, batch, head, row, rows
             )
             scores = tl.dot(k, q.T, input_precision=PRECISION)
@@ -206,27 +271,6 @@ def dkdv_kernel(
             dk_total = tl.dot(ds.to(q.dtype), q, dk_total, input_precision=PRECISION)
 
     dk_at = dk + batch.to(tl.int64) * dk_stride_b + kv_head.to(tl.int64) * dk_stride_h
-    _write(dk_at, dk_stride_s, key, keys, dk_total * scale, DIM, PADDED_DIM, ACCUMULATE_DK)
+    write_rows(dk_at, dk_stride_s, key, keys, dk_total * scale, DIM, PADDED_DIM, ACCUMULATE_DK)
     dv_at = dv + batch.to(tl.int64) * dv_stride_b + kv_head.to(tl.int64) * dv_stride_h
-    _write(dv_at, dv_stride_s, key, keys, dv_total, VALUE_DIM, PADDED_VALUE_DIM, ACCUMULATE_DV)
-
-
-@triton.jit
-def _row_statistics(lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, batch, head, row, rows):
-    """lse to base 2 and delta of some rows; +inf, so that exp gives 0, for rows that are absent or see nothing."""
-    lse_at = lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + row
-    delta_at = delta + batch.to(tl.int64) * delta_stride_b + head.to(tl.int64) * delta_stride_h + row
-    row_lse = tl.load(lse_at, mask=row < rows, other=float("inf")) * LOG2_E
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    return row_lse, tl.load(delta_at, mask=row < rows, other=0.0)
-
-
-@triton.jit
-def _write(at, stride, row, rows, gradient, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """Stores some rows of a gradient, or adds them to what is there. 64 bits: tensors may pass 2^31 elements."""
-    column = tl.arange(0, PADDED_DIM)[None, :]
-    at += row[:, None].to(tl.int64) * stride + column
-    inside = (row < rows)[:, None] & (column < DIM)
-    if ACCUMULATE:
-        gradient += tl.load(at, mask=inside, other=0.0)
-    tl.store(at, gradient.to(at.dtype.element_ty), mask=inside)
+    write_rows(dv_at, dv_stride_s, key, keys, dv_total, VALUE_DIM, PADDED_VALUE_DIM, ACCUMULATE_DV)

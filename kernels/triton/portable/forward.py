@@ -1,7 +1,8 @@
 """The forward kernel: one program a tile of rows and query head (FlashAttention-2, arXiv:2307.08691).
 
 A program walks the tiles of keys that its rows meet with an online softmax: first those where everything is visible,
-without any test, then those where elements are tested. Exponents are to base 2; `scale_log2` is scale x log2(e).
+without any test, then those where elements are tested; under a sparse index, then its columns, gathered one by one.
+Exponents are to base 2; `scale_log2` is scale x log2(e).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from farspan.kernels.triton.portable.columns import column_walk, gathered, group_of, outside_tiles
 from farspan.kernels.triton.portable.walk import block_of, row_bounds, row_walk, visible
 from farspan.kernels.triton.rows import merge_weights
 
@@ -37,14 +39,31 @@ def forward_kernel(
     partial_tiles,
     longest_first,
     mask_stride,  # 0 where the whole batch shares one mask, else 1
+    lists_stride_b,  # rows of lists from one batch element to the next, and from head to head; 0 where they share
+    lists_stride_h,
+    k_rows,  # what k_desc and v_desc describe, for columns
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_rows,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    column_slots,  # Columns
+    column_first,
+    column_stop,
+    selected,
+    most,  # columns of a head
     rows,
     keys,
     offset,
     scale_log2,
     GROUP: tl.constexpr,  # query heads that read one kv head
     LISTS: tl.constexpr,  # visit the tiles of the lists; else row q sees [0, min(q + 1 + offset, keys))
+    COLUMNS: tl.constexpr,  # a sparse index has columns besides its tiles
     ACCUMULATE: tl.constexpr,  # merge into what out and lse hold
     PRECISION: tl.constexpr,
+    DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
@@ -54,10 +73,11 @@ def forward_kernel(
 ):
     head, batch = tl.program_id(1), tl.program_id(2)
     kv_head = head // GROUP
+    lists = batch * lists_stride_b + head * lists_stride_h
     SPLIT: tl.constexpr = TILE // BLOCK_N if LISTS else 1
     # fmt: off
-    first_row, full_first, full_stop, partial_first, partial_stop = row_walk(
-        batch, rows, keys, offset, full_start, partial_start, longest_first, mask_stride,
+    first_row, full_list, full_first, full_stop, partial_list, partial_first, partial_stop = row_walk(
+        lists, rows, keys, offset, full_start, full_tiles, partial_start, partial_tiles, longest_first,
         LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
     )
     # fmt: on
@@ -69,7 +89,7 @@ def forward_kernel(
     weight = tl.zeros([BLOCK_M], tl.float32)
 
     for i in tl.range(full_first, full_stop):
-        key = block_of(full_tiles, i, LISTS, SPLIT, TILE, BLOCK_N)
+        key = block_of(full_list, i, LISTS, SPLIT, TILE, BLOCK_N)
         k = k_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_DIM)
         v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
@@ -79,13 +99,29 @@ def forward_kernel(
         row, rows, keys, offset, begin, end, anchor_begin, anchor_end, batch * mask_stride * rows, LISTS
     )
     for i in tl.range(partial_first, partial_stop):
-        key = block_of(partial_tiles, i, LISTS, SPLIT, TILE, BLOCK_N)
+        key = block_of(partial_list, i, LISTS, SPLIT, TILE, BLOCK_N)
         k = k_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_DIM)
         v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         seen = visible(key + tl.arange(0, BLOCK_N), bounds, 0)
         scores = tl.where(seen, scores, float("-inf"))
         total, highest, weight = _online_softmax(scores, v, total, highest, weight, scale_log2, PRECISION)
+
+    if COLUMNS:
+        column, past_columns = column_walk(lists, first_row, rows, column_first, column_stop, TILE)
+        for i in tl.range(column, past_columns, BLOCK_N):
+            slot = group_of(lists, i, column_slots, most, keys, BLOCK_N)
+            wanted = outside_tiles(lists, first_row, slot, rows, keys, selected, TILE)
+            # fmt: off
+            k = gathered(k_rows, k_stride_b, k_stride_h, k_stride_s, batch, kv_head, slot, wanted, DIM, PADDED_DIM)
+            v = gathered(
+                v_rows, v_stride_b, v_stride_h, v_stride_s, batch, kv_head, slot, wanted, VALUE_DIM, PADDED_VALUE_DIM
+            )
+            # fmt: on
+            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            seen = visible(slot, bounds, 0) & wanted[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+            total, highest, weight = _online_softmax(scores, v, total, highest, weight, scale_log2, PRECISION)
 
     blind = weight == 0
     part = total / tl.where(blind, 1.0, weight)[:, None]

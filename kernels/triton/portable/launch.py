@@ -5,19 +5,29 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from farspan.kernels.tiles import TILE, TileLists, TileMap
+from farspan.kernels.tiles import TILE, TileMap
 from farspan.kernels.triton.portable.backward import dkdv_kernel, dq_kernel
+from farspan.kernels.triton.portable.columns import column_kernel
 from farspan.kernels.triton.portable.forward import forward_kernel
-from farspan.kernels.triton.portable.shapes import Shape, dkdv_shape, dq_shape, forward_shape
+from farspan.kernels.triton.portable.shapes import Shape, column_shape, dkdv_shape, dq_shape, forward_shape
+from farspan.kernels.triton.selected import Columns, SelectedTiles
 from farspan.kernels.triton.tensors import rows_in_steps_of_16_bytes, strided
+
+Tiles = TileMap | SelectedTiles
+
+# Programs that keep a large GPU busy several times over: heads with few columns share out their rows.
+_COLUMN_PROGRAMS = 1024
+# Row tiles that are worth a program.
+_COLUMN_ROW_TILES = 16
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: TileMap, scale: float, out: Tensor, lse: Tensor, accumulate: bool
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, out: Tensor, lse: Tensor, accumulate: bool
 ) -> None:
     """Writes out `[B, S, H, Dv]` and lse `[B, H, S]`, or merges into them."""
     batch, rows, heads, _ = q.shape
@@ -28,11 +38,11 @@ def forward(
         _descriptor(v, shape.block_n),
         *strided(out, (0, 2, 1)),
         *strided(lse, (0, 1)),
-        *_mask_arguments(tiles, by_row=True),
+        **_lists(tiles, by_row=True),
+        **_columns(k, v, tiles),
         rows=rows,
         keys=k.shape[1],
-        **_constants(q, k, v, tiles, scale, shape),
-        VALUE_DIM=v.shape[3],
+        **_constants(q, k, v, scale, shape),
         ACCUMULATE=accumulate,
     )
 
@@ -44,7 +54,7 @@ def backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    tiles: TileMap,
+    tiles: Tiles,
     scale: float,
     gradients: tuple[Tensor, Tensor, Tensor],
     accumulate: tuple[bool, bool, bool],
@@ -62,12 +72,12 @@ def gradient_of_queries(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    tiles: TileMap,
+    tiles: Tiles,
     scale: float,
     dq: Tensor,
     accumulate: bool,
 ) -> None:
-    batch, rows, heads, dim = q.shape
+    batch, rows, heads, _ = q.shape
     shape = dq_shape(_widest(q, v), q.itemsize)
     dq_kernel[(_blocks(rows, shape.block_m, tiles), heads, batch)](
         _descriptor(q, shape.block_m),
@@ -77,12 +87,12 @@ def gradient_of_queries(
         *strided(lse, (0, 1)),
         *strided(delta, (0, 1)),
         *strided(dq, (0, 2, 1)),
-        *_mask_arguments(tiles, by_row=True),
+        **_lists(tiles, by_row=True),
+        **_columns(k, v, tiles),
         rows=rows,
         keys=k.shape[1],
         scale=scale,
-        **_constants(q, k, v, tiles, scale, shape),
-        DIM=dim,
+        **_constants(q, k, v, scale, shape),
         ACCUMULATE=accumulate,
     )
 
@@ -94,13 +104,14 @@ def gradients_of_keys(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    tiles: TileMap,
+    tiles: Tiles,
     scale: float,
     dk: Tensor,
     dv: Tensor,
     accumulate: tuple[bool, bool],
 ) -> None:
-    batch, keys, kv_heads, dim = k.shape
+    batch, keys, kv_heads, _ = k.shape
+    of_columns = _gradients_of_columns(dout, q, k, v, lse, delta, tiles, scale)
     shape = dkdv_shape(_widest(q, v), q.itemsize)
     dkdv_kernel[(_blocks(keys, shape.block_n, tiles), kv_heads, batch)](
         _descriptor(q, shape.block_m),
@@ -111,39 +122,110 @@ def gradients_of_keys(
         *strided(delta, (0, 1)),
         *strided(dk, (0, 2, 1)),
         *strided(dv, (0, 2, 1)),
-        *_mask_arguments(tiles, by_row=False),
+        **_lists(tiles, by_row=False),
+        **of_columns,
         rows=q.shape[1],
         keys=keys,
         scale=scale,
-        **_constants(q, k, v, tiles, scale, shape),
-        DIM=dim,
-        VALUE_DIM=v.shape[3],
+        **_constants(q, k, v, scale, shape),
+        COLUMNS=bool(of_columns["most"]),
         ACCUMULATE_DK=accumulate[0],
         ACCUMULATE_DV=accumulate[1],
     )
 
 
-def _blocks(length: int, block: int, tiles: TileMap) -> int:
+def _gradients_of_columns(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    tiles: Tiles,
+    scale: float,
+) -> dict[str, Any]:
+    """What each query head gives to dk / scale and dv of its columns, fp32 `[B, H, most, D]`, and where these are."""
+    columns = _columns_of(tiles)
+    if columns is None:
+        return {"column_places": None, "dk_columns": None, "dv_columns": None, "most": 0}
+    batch, rows, heads, _ = q.shape
+    shape = column_shape(_widest(q, v), q.itemsize)
+    groups = triton.cdiv(columns.most, shape.block_n)
+    shares = min(_COLUMN_PROGRAMS // (groups * heads * batch), triton.cdiv(rows, TILE * _COLUMN_ROW_TILES))
+    shares = max(shares, 1)
+    dk, dv = (q.new_empty(shares, batch, heads, columns.most, x.shape[3], dtype=torch.float32) for x in (k, v))
+    column_kernel[(groups * shares, heads, batch)](
+        _descriptor(q, shape.block_m),
+        _descriptor(dout, shape.block_m),
+        *strided(rows_in_steps_of_16_bytes(k), (0, 2, 1)),
+        *strided(rows_in_steps_of_16_bytes(v), (0, 2, 1)),
+        *strided(lse, (0, 1)),
+        *strided(delta, (0, 1)),
+        dk,
+        dv,
+        *tiles.mask.bounds,
+        int(tiles.mask.batch > 1),
+        columns.slots,
+        *columns.row_tiles(shape.block_n),
+        columns.tiles,
+        heads if len(columns.slots) > 1 else 0,
+        1,
+        most=columns.most,
+        shares=shares,
+        rows=rows,
+        keys=k.shape[1],
+        **_constants(q, k, v, scale, shape),
+    )
+    return {
+        "column_places": columns.places(),
+        "dk_columns": dk.sum(0),
+        "dv_columns": dv.sum(0),
+        "most": columns.most,
+    }
+
+
+def _blocks(length: int, block: int, tiles: Tiles) -> int:
     """Programs along one side. Lists start tiles in an order of their own, so that a last one counts as whole."""
     return triton.cdiv(length, block) if tiles.offset is not None else triton.cdiv(length, TILE) * (TILE // block)
 
 
-def _mask_arguments(tiles: TileMap, by_row: bool) -> tuple[Any, ...]:
+def _lists(tiles: Tiles, by_row: bool) -> dict[str, Any]:
+    """The mask's bounds, the lists of one side, and the steps between rows of both."""
     mask = tiles.mask
-    lists = TileLists(*(mask.begin,) * 5)  # stands in where none is read
-    if tiles.offset is None:
-        lists = tiles.by_row if by_row else tiles.by_key
-    starts = (lists.full_start, lists.full_tiles, lists.partial_start, lists.partial_tiles, lists.longest_first)
-    return (*mask.bounds, *starts, int(mask.batch > 1))
+    bounds = dict(zip(("begin", "end", "anchor_begin", "anchor_end"), mask.bounds))
+    names = ("full_start", "full_tiles", "partial_start", "partial_tiles", "longest_first")
+    common = {**bounds, "mask_stride": int(mask.batch > 1), "LISTS": tiles.offset is None}
+    if tiles.offset is not None:
+        unread = {**dict.fromkeys(names, mask.begin), "lists_stride_b": 0, "lists_stride_h": 0}
+        return {**common, **unread, "offset": tiles.offset}
+    lists = tiles.by_row if by_row else tiles.by_key
+    strides = dict(zip(("lists_stride_b", "lists_stride_h"), lists.strides))
+    return {**common, **{name: getattr(lists, name) for name in names}, **strides, "offset": 0}
 
 
-def _constants(q: Tensor, k: Tensor, v: Tensor, tiles: TileMap, scale: float, shape: Shape) -> dict[str, Any]:
+def _columns(k: Tensor, v: Tensor, tiles: Tiles) -> dict[str, Any]:
+    """What the kernels over rows need of a sparse index's columns."""
+    columns = _columns_of(tiles)
+    names = ("k_rows", "k_stride_b", "k_stride_h", "k_stride_s", "v_rows", "v_stride_b", "v_stride_h", "v_stride_s")
+    of_columns = ("column_slots", "column_first", "column_stop", "selected", "most")
+    if columns is None:
+        return {**dict.fromkeys((*names, *of_columns)), "COLUMNS": False}
+    values = (columns.slots, columns.first, columns.stop, columns.tiles, columns.most)
+    rows = (*strided(rows_in_steps_of_16_bytes(k), (0, 2, 1)), *strided(rows_in_steps_of_16_bytes(v), (0, 2, 1)))
+    return {**dict(zip(names, rows)), **dict(zip(of_columns, values)), "COLUMNS": True}
+
+
+def _columns_of(tiles: Tiles) -> Columns | None:
+    return tiles.columns if isinstance(tiles, SelectedTiles) else None
+
+
+def _constants(q: Tensor, k: Tensor, v: Tensor, scale: float, shape: Shape) -> dict[str, Any]:
     return {
-        "offset": 0 if tiles.offset is None else tiles.offset,
         "scale_log2": scale * math.log2(math.e),
         "GROUP": q.shape[2] // k.shape[2],
-        "LISTS": tiles.offset is None,
         "PRECISION": "ieee",
+        "DIM": q.shape[3],
+        "VALUE_DIM": v.shape[3],
         "PADDED_DIM": _padded(q.shape[3]),
         "PADDED_VALUE_DIM": _padded(v.shape[3]),
         "TILE": TILE,

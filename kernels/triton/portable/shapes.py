@@ -31,3 +31,8 @@ def dkdv_shape(dim: int, itemsize: int) -> Shape:
     if itemsize == 4:
         return Shape(32, 64, 4, 1) if dim <= 128 else Shape(32, 32, 4, 1)
     return Shape(64, 64, 4, 2) if dim <= 128 else Shape(32, 64, 8, 2)
+
+
+def column_shape(dim: int, itemsize: int) -> Shape:
+    """Rows, and columns of a group. Not measured: of the shapes that spill nothing, one that leaves room for two."""
+    return Shape(32, 64, 4, 3) if itemsize < 4 and dim <= 128 else dkdv_shape(dim, itemsize)

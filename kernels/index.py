@@ -1,0 +1,186 @@
+"""Dynamic sparse selections: which tiles and which single columns of the attention matrix each head computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farspan.kernels.tiles import TILE
+from farspan.kernels.transfer import to_device
+
+
+class Index(Protocol):
+    """A selection for a whole packed row, in positions; what it selects is computed where the mask lets it be seen."""
+
+    @property
+    def block(self) -> int:
+        """Positions of a tile's side."""
+
+    def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
+        """The part of one piece, for the query heads of the half-open range; of all heads when None."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it consists of: what is saved from the forward to the backward pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the rows and keys of a piece are in the packed row: positions of whole blocks, each within one tile.
+
+    `q_blocks` int32 `[row tiles]` and `k_blocks` `[key tiles]`: the block of positions that each tile of slots lies in.
+    `k_positions` int32 `[N]` ascends.
+    """
+
+    q_blocks: Tensor
+    k_blocks: Tensor
+    k_positions: Tensor
+    rows: int
+
+    @property
+    def keys(self) -> int:
+        return len(self.k_positions)
+
+    @staticmethod
+    def of(
+        q_positions: Sequence[int] | np.ndarray,
+        k_positions: Sequence[int] | np.ndarray,
+        block: int = TILE,
+        device: torch.device | str = "cpu",
+    ) -> Places:
+        """ValueError if a tile of `block` slots, counted from the first, does not lie in one block of positions."""
+        q, k = (np.asarray(positions) for positions in (q_positions, k_positions))
+
+        def put(x: np.ndarray) -> Tensor:
+            return to_device(torch.from_numpy(x.astype(np.int32)), device)
+
+        return Places(put(_blocks(q, block)), put(_blocks(k, block)), put(k), len(q))
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a kernel computes of one piece, where the piece's mask is true, in slots.
+
+    `tiles` bool `[B, H, row tiles, key tiles]`, of `block` x `block` slots. `columns` int32 `[B, H, most]`: single keys
+    that every row computes besides, ascending; the number of keys where a head has fewer. None for an index without.
+    """
+
+    tiles: Tensor
+    columns: Tensor | None
+    block: int
+
+    def visible(self, rows: slice, keys: slice) -> Tensor:
+        """Bool `[B, H, rows, keys]`: what is selected, by tile or by column."""
+        row = torch.arange(rows.start, rows.stop, device=self.tiles.device) // self.block
+        key = torch.arange(keys.start, keys.stop, device=self.tiles.device)
+        selected = self.tiles[:, :, row][:, :, :, key // self.block]
+        if self.columns is None:
+            return selected
+        chosen = self.tiles.new_zeros(*self.columns.shape[:2], self.tiles.shape[3] * self.block + 1)
+        chosen.scatter_(2, self.columns.long(), True)
+        return selected | chosen[:, :, None, keys]
+
+
+@dataclass(frozen=True, eq=False)
+class VerticalSlashIndex:
+    """MTraining's pattern (arXiv:2510.18830): diagonals of blocks, and single columns.
+
+    Row q computes key k when `diagonals[..., q // block - k // block]`, or k is one of `columns`. Diagonal 0 is always
+    selected, so every row has a key. `diagonals` bool `[B, H, blocks]`; `columns` int32 `[B, H, most]` ascending, and
+    `length` where a head has fewer.
+    """
+
+    diagonals: Tensor
+    columns: Tensor
+    length: int
+    block: int = TILE
+
+    def __post_init__(self) -> None:
+        blocks = -(-self.length // self.block)
+        if self.diagonals.dtype != torch.bool or self.diagonals.shape[2] != blocks:
+            raise ValueError(
+                f"an index over {self.length} tokens has {blocks} diagonals of blocks, bool, got "
+                f"{tuple(self.diagonals.shape)} {self.diagonals.dtype}"
+            )
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.diagonals, self.columns
+
+    def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
+        first, last = heads or (0, self.diagonals.shape[1])
+        diagonals, columns = self.diagonals[:, first:last], self.columns[:, first:last].contiguous()
+        distance = places.q_blocks[:, None] - places.k_blocks
+        # Blocks of padding lie behind the last one.
+        inside = (distance >= 0) & (distance < diagonals.shape[2])
+        tiles = diagonals[:, :, torch.where(inside, distance, 0)] & inside
+        slot = torch.searchsorted(places.k_positions, columns)
+        here = slot < places.keys
+        here &= places.k_positions[torch.where(here, slot, 0)] == columns
+        slots = torch.where(here, slot, places.keys).int()
+        return Selection(tiles, slots.sort(-1).values, self.block)
+
+    def to_dense(self) -> Tensor:
+        """Bool `[B, H, length, length]`: what is computed under a causal mask."""
+        positions = np.arange(self.length)
+        selected = self.at(Places.of(positions, positions, self.block, self.diagonals.device))
+        whole = slice(0, self.length)
+        return selected.visible(whole, whole).tril()
+
+    def density(self) -> Tensor:
+        """fp64 `[B, H]`: selected tiles over causal tiles; columns are not tiles, see `column_counts`."""
+        blocks = self.diagonals.shape[2]
+        tiles = torch.arange(blocks, 0, -1, device=self.diagonals.device, dtype=torch.float64)  # of each diagonal
+        return (self.diagonals * tiles).sum(-1) / tiles.sum()
+
+    def column_counts(self) -> Tensor:
+        """int64 `[B, H]`: columns of each head."""
+        return (self.columns < self.length).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockIndex:
+    """Tiles of any shape: `tiles` bool `[B, H, blocks, blocks]`, by block of rows and block of keys."""
+
+    tiles: Tensor
+    length: int
+    block: int = TILE
+
+    def tensors(self) -> tuple[Tensor]:
+        return (self.tiles,)
+
+    def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
+        first, last = heads or (0, self.tiles.shape[1])
+        blocks = self.tiles.shape[2]
+        q, k = (where.clamp(max=blocks - 1) for where in (places.q_blocks, places.k_blocks))
+        return Selection(self.tiles[:, first:last, q][:, :, :, k], None, self.block)
+
+    def to_dense(self) -> Tensor:
+        """Bool `[B, H, length, length]`: what is computed under a causal mask."""
+        positions = np.arange(self.length)
+        whole = slice(0, self.length)
+        selected = self.at(Places.of(positions, positions, self.block, self.tiles.device))
+        return selected.visible(whole, whole).tril()
+
+    def density(self) -> Tensor:
+        """fp64 `[B, H]`: selected tiles over causal tiles."""
+        blocks = self.tiles.shape[2]
+        return self.tiles.tril().sum((2, 3)).double() / (blocks * (blocks + 1) // 2)
+
+
+def _blocks(positions: np.ndarray, block: int) -> np.ndarray:
+    """The block of each tile of `block` consecutive slots."""
+    starts = np.arange(0, len(positions), block)
+    first = positions[starts] // block
+    within = positions - positions[starts].repeat(block)[: len(positions)]
+    aligned = (positions[starts] % block == 0).all()
+    if not aligned or (within != np.arange(len(positions)) % block).any():
+        raise ValueError(
+            f"a sparse index selects tiles of {block} tokens, but here tiles of slots are not blocks of so many "
+            "consecutive tokens: set parallel.order to striped, parallel.stripe to a multiple of that, and "
+            "train.sequence_length to at least a stripe on each rank"
+        )
+    return first
