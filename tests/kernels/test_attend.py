@@ -129,8 +129,6 @@ def test_errors_name_what_is_wrong() -> None:
     mask = masks.causal(8)
     with pytest.raises(ValueError, match=r"attention.backend is 'magic'; possible are auto, deterministic, reference"):
         attend(q, k, v, mask, backend="magic")
-    with pytest.raises(ValueError, match="index"):
-        attend(q, k, v, mask, index=object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 x 9 rows"):
         attend(q, k, v, masks.causal(9))
     with pytest.raises(ValueError, match="multiple of Hkv"):
