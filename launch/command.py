@@ -8,8 +8,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from farspan.launch.worker import USER_ERROR
+
+if TYPE_CHECKING:
+    from farspan.trainer.config import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +57,7 @@ def train(options: argparse.Namespace) -> int:
     from farspan.trainer.run_lock import RunLockedError, is_locked
 
     passed_on = [str(options.config), *options.overrides, "--resume", options.resume]
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _is_worker():
         return worker.main(passed_on)
     config = load_config(options.config, options.overrides)
     processes = default_processes(config)
@@ -71,18 +76,40 @@ def train(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Asks the newest checkpoint of a run, on as many processes of this machine as shared a sequence in training."""
-    from farspan.launch import elastic
     from farspan.launch import generate as worker
     from farspan.trainer.generate import check
 
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _is_worker():
         return worker.carry_out_request(options, None)
     ready = check(worker.request_of(options))
+    return _run_workers(worker, options, ready.config, ready.degrees.world)
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Measures budgets of sparse attention on the newest checkpoint of a run, on as many processes as `generate`."""
+    from farspan.launch import calibrate as worker
+    from farspan.trainer.calibrate import check
+
+    if _is_worker():
+        return worker.carry_out_request(options, None)
+    config, degrees = check(worker.request_of(options))
+    return _run_workers(worker, options, config, degrees.world)
+
+
+def _is_worker() -> bool:
+    """Whether torchrun started this process as one."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _run_workers(worker: ModuleType, options: argparse.Namespace, config: RunConfig, processes: int) -> int:
+    """On a run's folder, with the request that `worker` reads from its command line."""
+    from farspan.launch import elastic
+
     return elastic.run_workers(
-        "farspan.launch.generate",
+        worker.__name__,
         [*worker.words_of(options), "--parent", str(os.getpid())],
-        processes=ready.degrees.world,
-        stop_seconds=ready.config.launch.stop_seconds,
+        processes=processes,
+        stop_seconds=config.launch.stop_seconds,
         log_directory=options.run_directory / "logs",
     )
 
@@ -237,6 +264,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_arguments(asking)
     asking.set_defaults(verb=generate, overrides=[])
+
+    from farspan.launch import calibrate as calibration
+
+    measuring = verbs.add_parser(
+        "calibrate",
+        help="Measure how many columns and diagonals sparse attention needs on a run's held-out text.",
+        description="The newest checkpoint reads held-out rows with dense attention; what each head would select for "
+        "attention.sparse.mass becomes its budget in a file for attention.sparse.budgets.",
+        usage="farspan calibrate RUN_DIR [--output FILE] [--rows N] [--quantile SHARE] [key=value ...]",
+        epilog="key=value overrides a key of the run's configuration, such as attention.sparse.mass=0.95.",
+    )
+    calibration.add_arguments(measuring)
+    measuring.set_defaults(verb=calibrate, overrides=[])
 
     checkpoints = verbs.add_parser("checkpoint", help="List or verify checkpoints.")
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from farspan.kernels.index import Index
 from farspan.models.config import ModelConfig
 from farspan.models.layers import RMSNorm, Sharding, column_linear, row_linear
 from farspan.models.rotary import Rotation
@@ -25,11 +27,29 @@ class Attending(Protocol):
         """`[B, slots, H or Hkv, D]`, rotated, to `[B, slots, H, D]`."""
 
 
+Selector = Callable[[Tensor, Tensor], Index | None]
+"""From a rank's queries and keys, rotated, `[B, slots, H or Hkv, D]`, to what is selected; None for dense attention."""
+
+
+class LayerIndex:
+    """What one layer selects in one micro-batch: estimated once, and the same when the layer is computed again."""
+
+    def __init__(self, select: Selector) -> None:
+        self._select = select
+        self._found: tuple[Index | None] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor) -> Index | None:
+        if self._found is None:
+            self._found = (self._select(q.detach(), k.detach()),)
+        return self._found[0]
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
     """What layers with the same mask share of one batch: the prepared plan, who carries it out, and the rotary angles.
 
-    `memory` alone is one layer's own: where attention's results are kept when that layer is computed again.
+    A layer's own are `memory`, where attention's results are kept when that layer is computed again, and `index`, what
+    it computes of that which the plan's mask shows, or all of it.
     """
 
     plan: PreparedPlan
@@ -37,10 +57,12 @@ class AttentionContext:
     rotation: Rotation
     backend: str = "auto"
     memory: LayerMemory | None = None
+    index: LayerIndex | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, _ = attention(q, k, v, self.plan, self.group, backend=self.backend, memory=self.memory)
-        return out
+        index = None if self.index is None else self.index(q, k)
+        given: dict[str, Any] = {"index": index, "backend": self.backend, "memory": self.memory}
+        return attention(q, k, v, self.plan, self.group, **given)[0]
 
 
 class SelfAttention(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
-from farspan.models.attention import Attending, AttentionContext, SelfAttention
+from farspan.models.attention import Attending, AttentionContext, LayerIndex, Selector, SelfAttention
 from farspan.models.config import ModelConfig
 from farspan.models.layers import FeedForward, RMSNorm, Sharding, column_linear
 from farspan.models.loss import VocabularyLoss
@@ -24,7 +24,8 @@ class DecoderInput:
     """One micro-batch as a context rank holds it: its slots of every row, already in the plan's order.
 
     tokens, labels and rotary_positions are int64 `[B, slots]`; a label of -100 is no label. `plans` are those of the
-    layers, one each, all over one order; layers with the same mask share theirs.
+    layers, one each, all over one order; layers with the same mask share theirs. `selectors` likewise: what chooses a
+    layer's sparse attention, None for a dense one.
     """
 
     tokens: Tensor
@@ -32,6 +33,7 @@ class DecoderInput:
     rotary_positions: Tensor
     plans: Sequence[PreparedPlan]
     group: Groups
+    selectors: Sequence[Selector | None] | None = None
 
 
 class Layer(nn.Module):
@@ -100,7 +102,10 @@ class Decoder(nn.Module):
         The latter is fp32 `[B, slots]`, 0 where there is no label, and has no gradient.
         """
         turn = rotation(batch.rotary_positions, self.frequencies)
-        contexts = [AttentionContext(plan, batch.group, turn, self.backend) for plan in batch.plans]
+        contexts = [
+            AttentionContext(plan, batch.group, turn, self.backend, index=select and LayerIndex(select))
+            for plan, select in zip(batch.plans, batch.selectors or [None] * len(self.layers), strict=True)
+        ]
         x = self.embedding(batch.tokens.flatten())
         if self.sharding.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x)

@@ -30,6 +30,11 @@ def stage_imbalance(work: np.ndarray) -> float:
     return float(work.max(0, initial=0).sum() * len(work) / max(1, work.sum()))
 
 
+def step_imbalance(work: np.ndarray) -> float:
+    """A rank's heaviest stage over its mean one, averaged over ranks: in a light stage transfers cannot hide."""
+    return float((work.max(1) * work.shape[1] / np.maximum(1, work.sum(1))).mean())
+
+
 def elements(plan: Plan, direction: Direction, head_dim: int, batch: int) -> np.ndarray:
     """What each move carries, int64 `[moves, 2]`: elements in the tensors' own and in the accumulation dtype."""
     moves = plan.schedule(direction).move_columns

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels import accumulation_dtype, attend, attend_backward, merge_into, row_delta
+from farspan.kernels.index import Index, Selection
 from farspan.parallel.plan import LINKS, Block, Move, Side
 from farspan.parallel.prepare import Joined, PreparedPiece, PreparedPlan, PreparedStage, Rows, slot_dim
 from farspan.parallel.wire import Wire
@@ -36,6 +37,7 @@ def attention(
     prepared: PreparedPlan,
     group: Groups,
     *,
+    index: Index | None = None,
     scale: float | None = None,
     backend: str = "auto",
     memory: LayerMemory | None = None,
@@ -45,6 +47,8 @@ def attention(
     Args:
         q, k, v: this rank's slots, `[B, slots, H or Hkv, D]`; padding slots may hold anything.
         prepared: `prepare(plan, ...)` for this rank and batch.
+        index: what is computed of that which the mask shows, for all query heads that this rank has before the plan
+            moves any; the same on all ranks, and for both directions. The plan must be prepared with its block.
         group: of the ranks that share the row. Transfers on one of several do not wait for those on another.
         memory: where the results are put, and taken from when the same call is made again to recompute its layer:
             then nothing is sent and no kernel runs.
@@ -53,12 +57,14 @@ def attention(
         out `[B, slots, H, D]` in q's dtype and lse `[B, H, slots]`, which carries no gradient.
     """
     groups = group if isinstance(group, Mapping) or group is None else dict.fromkeys(LINKS, group)
-    return _PlannedAttention.apply(q, k, v, _Call(prepared, groups, scale, backend, memory))
+    return _PlannedAttention.apply(q, k, v, _Call(prepared, groups, index, scale, backend, memory))
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Call:
     prepared: PreparedPlan
     groups: Mapping[str, dist.ProcessGroup] | None
+    index: Index | None
     scale: float | None
     backend: str
     memory: LayerMemory | None
@@ -66,6 +72,18 @@ class _Call(NamedTuple):
     def kept_blocks(self) -> list[int]:
         """Keys and values of others that the plan keeps here for the backward pass."""
         return sorted(block for holder, block in self.prepared.plan.kept if holder == self.prepared.rank)
+
+    def options(self, piece: PreparedPiece) -> dict[str, Any]:
+        """What a kernel is told of a piece beside its tensors and mask."""
+        return {"index": self.selection(piece), "scale": self.scale, "backend": self.backend}
+
+    def selection(self, piece: PreparedPiece) -> Selection | None:
+        """The index's part of a piece; its lists are made anew for each direction, from the same index."""
+        if self.index is None:
+            return None
+        if piece.places is None:
+            raise ValueError("a sparse index was given for a plan that was prepared without `sparse_block`")
+        return self.index.at(piece.places, piece.heads)
 
 
 class _PlannedAttention(torch.autograd.Function):
@@ -75,7 +93,7 @@ class _PlannedAttention(torch.autograd.Function):
         if results is None:
             piece = call.prepared.sole_piece(call.prepared.forward)
             if piece is not None:
-                results = attend(q, k, v, piece.mask, scale=call.scale, backend=call.backend)
+                results = attend(q, k, v, piece.mask, **call.options(piece))
             else:
                 run = _Forward(call, q, k, v)
                 run()
@@ -95,8 +113,7 @@ class _PlannedAttention(torch.autograd.Function):
         call: _Call = ctx.call
         piece = call.prepared.sole_piece(call.prepared.backward)
         if piece is not None:
-            given = (dout, q, k, v, out, lse, piece.mask)
-            return *attend_backward(*given, scale=call.scale, backend=call.backend), None
+            return *attend_backward(dout, q, k, v, out, lse, piece.mask, **call.options(piece)), None
         run = _Backward(call, kept, out, (q, dout, lse, row_delta(dout, out)), (k, v))
         run()
         return run.dq.to(q.dtype), run.dk.to(k.dtype), run.dv.to(v.dtype), None
@@ -117,7 +134,7 @@ class _Run(ABC):
         arrived: dict[int, tuple[Tensor, ...]],
     ) -> None:
         self.plan, self.rank = call.prepared.plan, call.prepared.rank
-        self.scale, self.backend = call.scale, call.backend
+        self.options = call.options
         self.operands, self.totals = operands, totals
         self.foreign = dict(arrived)
         self.results: dict[int, tuple[Tensor, ...]] = {}
@@ -258,8 +275,7 @@ class _Forward(_Run):
             k,
             v,
             piece.mask,
-            scale=self.scale,
-            backend=self.backend,
+            **self.options(piece),
             out_dtype=self.dtype,
             accumulate=None if total is None else (total[0], total[1]),
         )
@@ -311,8 +327,7 @@ class _Backward(_Run):
             out,
             lse,
             piece.mask,
-            scale=self.scale,
-            backend=self.backend,
+            **self.options(piece),
             delta=delta,
             out_dtype=self.dtype,
             accumulate=(to_q[0] if to_q else None, *((to_kv[0], to_kv[1]) if to_kv else (None, None))),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farspan.kernels import IntervalMask, to_device
+from farspan.kernels.index import Places
 from farspan.parallel.orders import Order
 from farspan.parallel.plan import Block, Move, Piece, Plan, Schedule
 
@@ -68,9 +69,13 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class PreparedPiece:
+    """`heads` are the query heads of its rows; `places` is None where no sparse index will be given."""
+
     q: Rows
     kv: Joined
     mask: IntervalMask
+    heads: tuple[int, int]
+    places: Places | None
 
 
 @dataclass
@@ -104,15 +109,24 @@ class PreparedPlan:
 
 
 def prepare(
-    plan: Plan, order: Order, mask: IntervalMask, rank: int, device: torch.device | str = "cpu"
+    plan: Plan,
+    order: Order,
+    mask: IntervalMask,
+    rank: int,
+    device: torch.device | str = "cpu",
+    *,
+    sparse_block: int | None = None,
 ) -> PreparedPlan:
     """`mask` is the batch's own, in positions; it may see less than the mask that the plan was made for, never more.
+
+    With `sparse_block` the plan takes sparse indexes over blocks of so many tokens; ValueError if the order tears these
+    apart.
 
     Pieces that see nothing are left out here. Their moves are not, for the other ranks expect them.
     """
     mine = [piece for piece in dict.fromkeys(plan.forward.pieces + plan.backward.pieces) if piece.rank == rank]
     frames = _frames(mine, plan, order, rank, device)
-    pieces = {piece: _piece(piece, frames, plan, order, mask, rank, device) for piece in mine}
+    pieces = {piece: _piece(piece, frames, plan, order, mask, rank, device, sparse_block) for piece in mine}
     forward = _stages(plan, plan.forward, rank, pieces, frames)
     kept = [block for holder, block in plan.kept if holder == rank]
     for stage in forward:
@@ -151,6 +165,7 @@ def _piece(
     mask: IntervalMask,
     rank: int,
     device: torch.device | str,
+    sparse_block: int | None,
 ) -> PreparedPiece | None:
     frame = frames[piece.q[0]]
     if frame.span is not None:
@@ -167,7 +182,9 @@ def _piece(
         return None
     run = slots[-1] - slots[0] == len(slots) - 1
     at = slice(int(slots[0]), int(slots[-1]) + 1) if run else to_device(torch.from_numpy(slots), device)
-    return PreparedPiece(Rows(frame, at), _joined(keys, plan, order, rank, device), piece_mask.to(device))
+    places = None if sparse_block is None else Places.of(q_positions, k_positions, sparse_block, device)
+    joined, heads = _joined(keys, plan, order, rank, device), plan.blocks[piece.q[0]].heads
+    return PreparedPiece(Rows(frame, at), joined, piece_mask.to(device), heads, places)
 
 
 def _first(plan: Plan, order: Order, block: int) -> int:

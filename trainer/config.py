@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,10 +12,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from farspan.kernels import BACKENDS
+from farspan.kernels.estimate import VerticalSlash
+from farspan.kernels.tiles import TILE
 from farspan.models.config import ModelConfig, RecomputeMode
 from farspan.parallel.cluster import load_cluster
 from farspan.parallel.orders import ORDERS
 from farspan.parallel.plans import PLANS, Topology
+
+# Plans whose blocks begin and end with any token, and not with tiles.
+CUT_ANYWHERE = ("group_cast", "star")
 
 
 class ConfigError(ValueError):
@@ -168,6 +174,45 @@ class WindowSection(_Section):
     """Layers, from 0, that see all of a document (or with `attention.star` its blocks), between those with windows."""
 
 
+class SparseSection(_Section):
+    """Dynamic sparse attention, MTraining's vertical-slash pattern (docs/sparse-attention.md)."""
+
+    mass: float = Field(0.9, gt=0, le=1)
+    """Share of what the probe rows attend to that each head's selection computes, unless a cap stops it."""
+    probes: Literal[16, 32, 64, 128] = 64
+    """Rows of a probe set, from whose attention a selection is estimated: the last ones of a sequence."""
+    segments: int = Field(1, gt=0)
+    """Equal parts of a sequence, each with a probe set at its end."""
+    documents: int = Field(0, ge=0)
+    """How many of a sequence's documents, the longest, have a probe set at their ends as well."""
+    sinks: int = Field(30, ge=0)
+    """First tokens of a sequence, which are always selected."""
+    local_blocks: int = Field(2, gt=0)
+    """Nearest diagonals of 128 x 128 tiles, which are always selected; the first is a token's own block."""
+    most_columns: int = Field(4096, gt=0)
+    """Single keys that a head selects at most; 128 of them cost as much as a diagonal."""
+    most_diagonals: int = Field(512, gt=0)
+    """Diagonals of tiles that a head selects at most."""
+    budgets: Path | None = None
+    """A file of `farspan calibrate`: heads select as many columns and diagonals as that says, whatever their mass."""
+    refresh: int = Field(1, gt=0)
+    """Steps for which a layer keeps its selection before it is estimated anew."""
+    dense_layers: list[Annotated[int, Field(ge=0)]] = []
+    """Layers, from 0, whose attention stays dense."""
+    dense_steps: int = Field(0, ge=0)
+    """The run's first steps, which train with dense attention."""
+    train: bool = True
+    """Whether training selects; if not, evaluation alone does."""
+    evaluate: bool = True
+    """Whether evaluation selects."""
+    report_every: int = Field(20, gt=0)
+    """Steps between reports of the selections' balance over ranks."""
+
+    @property
+    def settings(self) -> VerticalSlash:
+        return VerticalSlash(**{field.name: getattr(self, field.name) for field in fields(VerticalSlash)})
+
+
 class AttentionSection(_Section):
     backend: str = "deterministic"
     """Kernels that compute attention on one device: `auto` is the fastest for each piece of work, `deterministic` the
@@ -178,6 +223,8 @@ class AttentionSection(_Section):
     """Star Attention, by any plan, for every layer that has no window; dense attention when not given."""
     window: WindowSection | None = None
     """Sliding windows for all layers but `full_layers`; none when not given."""
+    sparse: SparseSection | None = None
+    """Dynamic sparse attention in all layers without a window but `dense_layers`; none when not given."""
 
 
 class MemorySection(_Section):
@@ -338,6 +385,39 @@ class RunConfig(_Section):
             raise ValueError(
                 "attention.star is for layers without a window, and attention.window.full_layers names none; name "
                 "some, or leave out attention.window"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sparse(self) -> RunConfig:
+        sparse, parallel, layers = self.attention.sparse, self.parallel, self.model.layers
+        if sparse is None:
+            return self
+        if self.attention.star is not None:
+            raise ValueError(
+                "attention.sparse selects of what dense layers see, and attention.star cuts these into blocks; leave "
+                "out one of them"
+            )
+        if parallel.plan in CUT_ANYWHERE:
+            raise ValueError(
+                f"parallel.plan {parallel.plan} cuts keys between any two tokens, and attention.sparse selects tiles "
+                f"of {TILE}; set parallel.plan to ring, hierarchical_ring, all_gather, ulysses or usp"
+            )
+        if len(set(sparse.dense_layers)) != len(sparse.dense_layers) or max(sparse.dense_layers, default=0) >= layers:
+            raise ValueError(
+                f"attention.sparse.dense_layers {sparse.dense_layers} must be different layers from 0 to {layers - 1} "
+                "(model.layers)"
+            )
+        full = set(range(layers) if self.attention.window is None else self.attention.window.full_layers)
+        if not full - set(sparse.dense_layers):
+            raise ValueError(
+                "attention.sparse.dense_layers and attention.window leave no layer for attention.sparse; name fewer, "
+                "or leave out attention.sparse"
+            )
+        if not (sparse.train or sparse.evaluate):
+            raise ValueError(
+                "attention.sparse.train and attention.sparse.evaluate are false, so that nothing is sparse; set one to "
+                "true, or leave out attention.sparse"
             )
         return self
 

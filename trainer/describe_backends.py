@@ -9,7 +9,7 @@ import torch
 
 from farspan.kernels.choice import choose, in_words
 from farspan.kernels.problem import Problem
-from farspan.kernels.tiles import TileMap
+from farspan.kernels.tiles import TILE, TileMap
 from farspan.parallel.prepare import PreparedPiece, PreparedPlan
 from farspan.parallel.problems import problems
 from farspan.trainer.config import ConfigError, RunConfig
@@ -28,6 +28,7 @@ def attention_problem(config: RunConfig, capability: tuple[int, int] | None) -> 
         value_dim=model.head_dim,
         dtype=torch.bfloat16 if train.dtype == "bf16" else torch.float32,
         capability=capability,
+        index_block=None if config.attention.sparse is None else TILE,
     )
 
 

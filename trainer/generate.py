@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +17,11 @@ from farspan.data.prepared import Prepared, load_prepared
 from farspan.data.tokenizer import Tokenizer
 from farspan.models import prefill
 from farspan.models.config import ModelConfig
-from farspan.models.decoder import Decoder
-from farspan.models.layers import Sharding
 from farspan.models.prefill import Share
 from farspan.models.reader import Reader
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
-from farspan.trainer.checkpoint.weights import load_weights, newest_weights
+from farspan.trainer.checkpoint.weights import newest_decoder
 from farspan.trainer.config import ConfigError, RunConfig, StarSection, load_config
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
@@ -123,7 +120,7 @@ def run(request: Request) -> None:
 def _answer(ready: Ready, mesh: Mesh, say: Callable[[str], None]) -> str:
     request, tokenizer = ready.request, Tokenizer(ready.data.tokenizer_path)
     text, question = tokenizer.encode(ready.text).tolist(), tokenizer.encode(request.question).tolist()
-    model = _load_model(ready, mesh, say)
+    model = newest_decoder(request.run, ready.config, ready.model, mesh, say)
     share = _share(ready, len(text), mesh, say)
     reader, begin = Reader(model, mesh), time.perf_counter()
     reader.prefill(text, share)
@@ -135,30 +132,6 @@ def _answer(ready: Ready, mesh: Mesh, say: Callable[[str], None]) -> str:
     first = next(answer, None)
     say(f"{len(text):,} tokens and {len(question):,} of the question read in {time.perf_counter() - begin:.2f} s")
     return tokenizer.decode([] if first is None else [first, *answer])
-
-
-def _load_model(ready: Ready, mesh: Mesh, say: Callable[[str], None]) -> Decoder:
-    """The decoder with the newest weights, which the first rank looks for."""
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [newest_weights(ready.request.run / "checkpoints", ready.model, mesh.degrees.tensor, say)]
-        except ConfigError as error:
-            found = [error]
-    dist.broadcast_object_list(found, 0, group=mesh.control)
-    (weights,) = found
-    if isinstance(weights, ConfigError):  # on all ranks: one alone would be taken for a crash of its neighbours
-        raise weights
-    model = Decoder(
-        ready.model,
-        Sharding(mesh.degrees.tensor, seed=ready.config.run.seed),
-        loss_chunk_tokens=ready.config.train.loss_chunk_tokens,
-        backend=ready.config.attention.backend,
-    ).requires_grad_(False)
-    model.to(mesh.device, torch.bfloat16 if ready.config.train.dtype == "bf16" else torch.float32)
-    load_weights(weights, model, mesh)
-    say(f"weights of {weights.path}")
-    return model
 
 
 def _share(ready: Ready, length: int, mesh: Mesh, say: Callable[[str], None]) -> Share:

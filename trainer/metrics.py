@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 Value = int | float | str
+_PIXELS = 16
 Row = dict[str, Value]
 
 TENSORBOARD_TAGS = {
@@ -22,6 +24,10 @@ TENSORBOARD_TAGS = {
     "tokens_per_second": "speed/tokens_per_second",
     "sequence_length": "data/sequence_length",
 }
+
+
+# Names of several values, such as those by layer, and where they go.
+TENSORBOARD_FOLDERS = {"sparse_": "sparse/"}
 
 
 class MetricsError(Exception):
@@ -115,17 +121,31 @@ class TensorBoard:
         Raises:
             MetricsError: a name has no tag in `TENSORBOARD_TAGS`.
         """
-        unknown = sorted(set(scalars) - set(TENSORBOARD_TAGS))
+        tags = {name: _tag(name) for name in scalars}
+        unknown = sorted(name for name, tag in tags.items() if tag is None)
         if unknown:
             raise MetricsError(
                 f"There is no TensorBoard tag for {', '.join(unknown)}; there is one for {', '.join(TENSORBOARD_TAGS)}."
             )
         for name, value in scalars.items():
-            self._writer.add_scalar(TENSORBOARD_TAGS[name], value, step)
+            self._writer.add_scalar(tags[name], value, step)
+        self._writer.flush()
+
+    def heat_map(self, step: int, tag: str, values: np.ndarray) -> None:
+        """A matrix as an image: black for 0, white for the largest value, a square of pixels an element."""
+        shade = values / max(values.max(), 1e-12)
+        self._writer.add_image(tag, shade.repeat(_PIXELS, 0).repeat(_PIXELS, 1), step, dataformats="HW")
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _tag(name: str) -> str | None:
+    for start, folder in TENSORBOARD_FOLDERS.items():
+        if name.startswith(start):
+            return folder + name.removeprefix(start)
+    return TENSORBOARD_TAGS.get(name)
 
 
 def _line(row: Mapping[str, Value]) -> str:

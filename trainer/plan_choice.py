@@ -21,7 +21,7 @@ from farspan.parallel.pairs import VisiblePairs, visible_pairs
 from farspan.parallel.plan import DIRECTIONS, Direction, Plan
 from farspan.parallel.timeline import Timeline, simulate
 from farspan.trainer.arrangement import Arrangement
-from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.config import CUT_ANYWHERE, ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem
 
 
@@ -114,7 +114,8 @@ def predict_attention(
 
 def _legal(config: RunConfig, order: Order, mask: IntervalMask) -> Iterator[Plan]:
     """All plans that can be made of this order and mask, in the order of `PLANS`."""
-    for name in plans.PLANS:
+    sparse = config.attention.sparse is not None
+    for name in (name for name in plans.PLANS if not (sparse and name in CUT_ANYWHERE)):
         try:
             yield build_plan(config, name, order, mask)
         except ValueError:  # says what stands in the way of this plan, and others are asked for

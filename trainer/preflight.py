@@ -10,6 +10,7 @@ import torch
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
 from farspan.kernels.choice import check_backend
+from farspan.kernels.index import Places
 from farspan.kernels.problem import capability
 from farspan.models.config import ModelConfig
 from farspan.parallel.degrees import Degrees, MeshError
@@ -115,6 +116,12 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
         order, _ = arrangement.order(), arrangement.masks()
     except DataError as error:
         raise ConfigError(str(error)) from error
+    if config.attention.sparse is not None:
+        try:
+            for positions in order.positions:
+                Places.of(positions, positions)
+        except ValueError as error:
+            raise ConfigError(f"attention.sparse with parallel.order {order.name}: {error}") from error
     if config.parallel.sequence_parallel and order.slots * train.micro_batch_rows % degrees.tensor:
         raise ConfigError(
             f"parallel.sequence_parallel divides a context rank's {order.slots * train.micro_batch_rows} tokens by "

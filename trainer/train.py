@@ -20,6 +20,7 @@ from farspan.trainer.callbacks.evaluation import Evaluation
 from farspan.trainer.callbacks.keeping import Keeping
 from farspan.trainer.callbacks.recording import Recording
 from farspan.trainer.callbacks.saving import Saving
+from farspan.trainer.callbacks.sparseness import Sparseness
 from farspan.trainer.checkpoint.state import RunState
 from farspan.trainer.checkpoint.store import CheckpointStore, Found
 from farspan.trainer.config import ConfigError, RunConfig, dump_config
@@ -76,6 +77,8 @@ def train_on(
         callbacks.append(Keeping(model, report))
     callbacks.append(Evaluation(config.eval.every))
     recording = Recording(directory, found.step if found else 0, report) if leads else None
+    if feed.sparse is not None:
+        callbacks.append(Sparseness(feed.sparse, feed.arrangement.order(), recording))
     if recording is not None:
         callbacks.append(recording)
     callbacks.append(Saving(state, config.checkpoint.every, report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -37,6 +37,8 @@ class StepRecord:
     tokens_per_second: float
     sequence_length: int
     eval_loss: float | None = None
+    further: dict[str, float] = field(default_factory=dict)
+    """What callbacks measured besides, by name."""
 
 
 class Callback(Protocol):
@@ -74,6 +76,7 @@ class Trainer:
         """Mean loss of the held-out rows."""
         batches = self.feed.heldout_batches()
         law = self._law(batches)
+        self._begin(self.step, training=False)
         self.engine.training(False)
         with torch.no_grad():
             total = self._no_loss()
@@ -85,12 +88,14 @@ class Trainer:
     def _one_step(self) -> StepRecord:
         begin = time.perf_counter()
         train = self.config.train
-        batches = self.feed.training_batches(self.step)
+        step = self.step
+        batches = self.feed.training_batches(step)
         law = self._law(batches)
+        self._begin(step, training=True)
         self.step += 1
         total = self._no_loss()
         for number, batch in enumerate(batches, start=1):
-            local_sum = self.engine.forward(self.feed.decoder_input(batch))
+            local_sum = self.engine.forward(self.feed.decoder_input(batch, step))
             self.engine.backward(law.objective(local_sum), last=number == len(batches))
             total += local_sum.detach()
         if not self.last_step:
@@ -108,6 +113,10 @@ class Trainer:
         return StepRecord(
             self.step, loss, self.tokens, norm, rate, seconds, law.valid_tokens / seconds, train.sequence_length
         )
+
+    def _begin(self, step: int, training: bool) -> None:
+        if self.feed.sparse is not None:
+            self.feed.sparse.begin(step, training)
 
     def _no_loss(self) -> torch.Tensor:
         """fp64: a sum over millions of tokens."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from farspan.kernels import IntervalMask
+from farspan.kernels.index import Index
 from farspan.parallel import orders
 from farspan.parallel.execute import Groups, attention
 from farspan.parallel.plan import Plan
@@ -23,6 +24,7 @@ def run_plan(
     whole: tuple[torch.Tensor, ...],
     group: Groups = None,
     backend: str = "auto",
+    index: Index | None = None,
 ) -> tuple[list[torch.Tensor], dict[str, int]]:
     """out, lse, dq, dk, dv of this rank's slots, and the bytes that it sent. Padding slots hold garbage.
 
@@ -40,8 +42,8 @@ def run_plan(
 
     Wire.send = counting  # type: ignore[method-assign]
     try:
-        prepared = prepare(plan, order, mask, rank)
-        out, lse = attention(*local, prepared, group or dist.group.WORLD, backend=backend)
+        prepared = prepare(plan, order, mask, rank, sparse_block=None if index is None else index.block)
+        out, lse = attention(*local, prepared, group or dist.group.WORLD, index=index, backend=backend)
         out.backward(dout)
     finally:
         Wire.send = send  # type: ignore[method-assign]

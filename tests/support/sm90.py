@@ -19,7 +19,10 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from farspan.kernels.estimate.units import NOTHING, QUARTERS, STANDS_OUT, WEIGHT_BITS
 from farspan.kernels.tiles import TILE
+from farspan.kernels.triton.estimate import kernels as estimate
+from farspan.kernels.triton.estimate.launch import WARPS
 from farspan.kernels.triton.hopper import shapes
 from farspan.kernels.triton.hopper.dkdv import dkdv_kernel
 from farspan.kernels.triton.hopper.dq import dq_kernel
@@ -157,6 +160,20 @@ def portable_kernel(name: str, kernel: Any, dim: int, shape: Shape, own: dict[st
     report(f"portable {name}", kernel, signature, constants, options)
 
 
+def estimate_kernels(dim: int) -> None:
+    signature = dict.fromkeys(("q", "k"), "*bf16") | dict.fromkeys(("scores_out", "masses_out", "left"), "*i64")
+    signature |= dict.fromkeys(("exponents", "sums", "blocks", "k_blocks", "first_block"), "*i32") | {"chosen": "*u8"}
+    constants = {"GROUP": 4, "DIM": dim, "PADDED_DIM": dim, "SIZE": 64, "TILE": TILE}
+    own: dict[str, tuple[Any, dict[str, Any]]] = {
+        "row weights": (estimate.row_weights_kernel, {"NONE": NOTHING, "UNIT": 2.0**WEIGHT_BITS}),
+        "column scores": (estimate.column_scores_kernel, {"QUARTERS": QUARTERS, "STANDS_OUT": STANDS_OUT}),
+        "diagonal masses": (estimate.diagonal_masses_kernel, {}),
+    }
+    for name, (kernel, more) in own.items():
+        kinds = {**_scalars(kernel), **{n: kind for n, kind in signature.items() if n in kernel.arg_names}}
+        report(f"estimate {name} {dim}", kernel, kinds, constants | more, {"num_warps": WARPS})
+
+
 def _scalars(kernel: Any) -> dict[str, str]:
     """Types of all arguments that are neither descriptors nor constants."""
     pointers = dict.fromkeys((*_BOUNDS, *_LISTS), "*i32") | dict.fromkeys(("out", "dq", "dk", "dv"), "*bf16")
@@ -164,7 +181,7 @@ def _scalars(kernel: Any) -> dict[str, str]:
     pointers |= dict.fromkeys(_COLUMNS, "*i32") | dict.fromkeys(("k", "v", "k_rows", "v_rows"), "*bf16")
     pointers |= {"selected": "*u8", "dk_columns": "*fp32", "dv_columns": "*fp32", "most": "i32"}
     pointers |= {"first_tile": "*i32", "stop_tile": "*i32"}
-    pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32"}
+    pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32", "unit": "fp32"}
     return {name: pointers.get(name, "i32") for name in kernel.arg_names}
 
 
@@ -172,3 +189,4 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         hopper_kernels(int(argument))
         portable_kernels(int(argument))
+        estimate_kernels(int(argument))

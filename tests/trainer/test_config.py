@@ -150,6 +150,22 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
             ["attention.window.width=8", "attention.star.block=8"],
             "attention.star is for layers without a window, and attention.window.full_layers names none; name some",
         ),
+        (["attention.sparse.mass=1.5"], "attention.sparse.mass is 1.5: input should be less than or equal to 1"),
+        (["attention.sparse.probes=50"], "attention.sparse.probes is 50: input should be 16, 32, 64 or 128"),
+        (["attention.sparse.mass=0.9", "attention.star.block=8"], "leave out one of them"),
+        (["attention.sparse.mass=0.9", "parallel.plan=group_cast"], "set parallel.plan to ring, hierarchical_ring"),
+        (
+            ["model.layers=2", "attention.sparse.dense_layers=[2]"],
+            "must be different layers from 0 to 1 (model.layers)",
+        ),
+        (
+            ["model.layers=2", "attention.sparse.dense_layers=[0]", "attention.window={width: 8, full_layers: [0]}"],
+            "leave no layer for attention.sparse",
+        ),
+        (
+            ["attention.sparse={train: false, evaluate: false}"],
+            "attention.sparse.train and attention.sparse.evaluate are false, so that nothing is sparse",
+        ),
         (["parallel.plan=star"], "parallel.plan star sends the rows that parallel.order two_class marks, but "),
         (["parallel.plan=star"], "parallel.order is zigzag; set it to two_class"),
         (["parallel.order=two_class"], "two_class is for the global parts of Star Attention; set attention.star.block"),

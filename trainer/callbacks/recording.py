@@ -21,7 +21,8 @@ class Recording:
         self.eta, self.report = Eta(), report
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        row = {name: value for name, value in asdict(record).items() if value is not None}
+        known = asdict(record)
+        row = {name: value for name, value in (known | known.pop("further")).items() if value is not None}
         self.metrics.append(row)
         self.tensorboard.write(record.step, {name: value for name, value in row.items() if name != "step"})
         self.eta.update(record.step_seconds)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from farspan.models.config import ModelConfig
 from farspan.models.decoder import Decoder
+from farspan.models.layers import Sharding
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.checkpoint.manifest import CheckpointError, Manifest, find_damage, read_manifest
 from farspan.trainer.checkpoint.store import CheckpointStore
-from farspan.trainer.config import ConfigError
+from farspan.trainer.config import ConfigError, RunConfig
 
 _TENSOR_RANK = re.compile(r"engine/.*mp_rank_(\d+)_model_states\.pt")
 
@@ -50,6 +51,35 @@ def newest_weights(directory: Path, model: ModelConfig, tensor: int, report: Cal
             return Weights(manifest.step, listed.path, _zero_stage(manifest))
         report(f"DAMAGED CHECKPOINT {listed.path}: {'; '.join(problems)}. The one before it is tried.")
     raise ConfigError(f"there is no checkpoint to take weights from in {directory}")
+
+
+def newest_decoder(
+    run: Path, config: RunConfig, model: ModelConfig, mesh: Mesh, report: Callable[[str], None]
+) -> Decoder:
+    """Collective: a run's decoder with its newest weights, which want no gradient; the first rank looks for them.
+
+    `model` is that of `config`, with its vocabulary known. ConfigError on all ranks when there are none.
+    """
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [newest_weights(run / "checkpoints", model, mesh.degrees.tensor, report)]
+        except ConfigError as error:
+            found = [error]
+    dist.broadcast_object_list(found, 0, group=mesh.control)
+    (weights,) = found
+    if isinstance(weights, ConfigError):  # on all ranks: one alone would be taken for a crash of its neighbours
+        raise weights
+    decoder = Decoder(
+        model,
+        Sharding(mesh.degrees.tensor, seed=config.run.seed),
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        backend=config.attention.backend,
+    ).requires_grad_(False)
+    decoder.to(mesh.device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+    load_weights(weights, decoder, mesh)
+    report(f"weights of {weights.path}")
+    return decoder
 
 
 def load_weights(weights: Weights, model: Decoder, mesh: Mesh) -> None:

@@ -1,0 +1,1 @@
+"""Estimation of sparse indexes: the passes over the probes' scores."""

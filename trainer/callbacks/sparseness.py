@@ -1,0 +1,67 @@
+"""What layers selected in a step: its density, the attention that it covers, and how evenly ranks share its work."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from farspan.parallel.balance import imbalance, stage_imbalance, step_imbalance
+from farspan.parallel.index_work import work
+from farspan.parallel.orders import Order
+from farspan.trainer.callbacks.recording import Recording
+from farspan.trainer.sparse import SparseAttention
+from farspan.trainer.trainer import StepRecord, Trainer
+
+
+class Sparseness:
+    """Adds to a step's record; comes before `Recording`, which is given on the rank that writes."""
+
+    def __init__(self, sparse: SparseAttention, order: Order, recording: Recording | None) -> None:
+        self.sparse, self.order, self.recording = sparse, order, recording
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        step = record.step - 1
+        found = {layer: selected for layer, selected in self.sparse.newest.items() if selected.step == step}
+        if not found:
+            return
+        tensor = trainer.mesh.tensor
+        density = _of_all_heads(torch.stack([selected.index.density()[0] for selected in found.values()]), tensor)
+        columns = _of_all_heads(torch.stack([s.index.column_counts()[0].double() for s in found.values()]), tensor)
+        record.further |= {"sparse_density": float(density.mean()), "sparse_columns": float(columns.mean())}
+        for layer, line in zip(found, density):
+            record.further[f"sparse_density_layer_{layer:02d}"] = float(line.mean())
+        recalls = [selected.recall.mean((0, 2)).double() for selected in found.values() if selected.recall is not None]
+        if not recalls:
+            return
+        recall = _of_all_heads(torch.stack(recalls), tensor)
+        pairs = np.stack([work(selected.index, self.order) for selected in found.values()])
+        by_stage = _of_all_heads(torch.from_numpy(pairs).to(density.device), tensor)
+        record.further["sparse_recall"] = float(recall.mean())
+        for layer, line, shares in zip(found, recall, by_stage.cpu().numpy()):
+            total = shares.sum(0)
+            name = f"layer_{layer:02d}"
+            record.further |= {
+                f"sparse_recall_{name}": float(line.mean()),
+                f"sparse_imbalance_ranks_{name}": imbalance(total),
+                f"sparse_imbalance_lockstep_{name}": stage_imbalance(total),
+                f"sparse_imbalance_steps_{name}": step_imbalance(total),
+            }
+        whole = by_stage.sum((0, 1)).cpu().numpy()
+        record.further |= {
+            "sparse_imbalance_ranks": imbalance(whole),
+            "sparse_imbalance_lockstep": stage_imbalance(whole),
+            "sparse_imbalance_steps": step_imbalance(whole),
+        }
+        if self.recording is not None:
+            board = self.recording.tensorboard
+            board.heat_map(record.step, "sparse/density by layer and head", density.cpu().numpy())
+            board.heat_map(record.step, "sparse/work by rank and stage", whole)
+
+
+def _of_all_heads(mine: Tensor, tensor: dist.ProcessGroup) -> Tensor:
+    """`[layers, heads, ...]` of all tensor ranks' heads."""
+    parts = [torch.empty_like(mine) for _ in range(tensor.size())]
+    dist.all_gather(parts, mine.contiguous(), group=tensor)
+    return torch.cat(parts, 1)

@@ -1,0 +1,104 @@
+"""Dynamic sparse attention in a run: which layers select, when, and what is known of their selections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farspan.kernels import estimate, to_device
+from farspan.kernels.index import VerticalSlashIndex
+from farspan.models.attention import Selector
+from farspan.parallel.estimate import Estimator
+from farspan.parallel.recall import Recall
+from farspan.trainer.budgets import Budgets
+from farspan.trainer.config import RunConfig
+
+_RECALL_ROWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """A layer's selection at a step. `recall` `[B, H, rows]` is set at steps that are reported, of rows at random."""
+
+    step: int
+    index: VerticalSlashIndex
+    recall: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What serves all sparse layers that see alike, for one micro-batch; `recall` where the step is reported."""
+
+    estimator: Estimator
+    recall: Recall | None
+
+
+class SparseAttention:
+    """Selects for the layers of one rank. `begin` says what comes next: a step of training, or an evaluation."""
+
+    def __init__(self, config: RunConfig, tensor_rank: int = 0) -> None:
+        settings, window = config.attention.sparse, config.attention.window
+        assert settings is not None
+        self.settings, self.seed, self.length = settings, config.run.seed, config.train.sequence_length
+        full = range(config.model.layers) if window is None else window.full_layers
+        self.layers = sorted(set(full) - set(settings.dense_layers))
+        self.budgets = None
+        if settings.budgets is not None:
+            self.budgets = Budgets.read(settings.budgets, config.model.layers, config.model.heads)
+        self.tensor_rank = tensor_rank
+        self.newest: dict[int, Selected] = {}
+        self.step, self.training = 0, True
+        self.watch: Callable[[int, VerticalSlashIndex], None] | None = None
+        """Is told what a layer would select, while attention stays dense."""
+
+    def begin(self, step: int, training: bool) -> None:
+        """`step` counts from 0; an evaluation is that of the step before."""
+        self.step, self.training = step, training
+
+    @property
+    def active(self) -> bool:
+        settings = self.settings
+        return settings.train and self.step >= settings.dense_steps if self.training else settings.evaluate
+
+    def reports(self, step: int) -> bool:
+        """Whether a step's selections are measured, too."""
+        return step % self.settings.report_every == 0 or step == self.settings.dense_steps
+
+    def recall_rows(self, step: int) -> np.ndarray:
+        """Positions, ascending: the same on all ranks."""
+        draw = np.random.default_rng((self.seed, step))
+        return np.sort(draw.choice(self.length, min(_RECALL_ROWS, self.length), replace=False))
+
+    def selectors(self, sights: Sequence[Sight | None]) -> list[Selector | None]:
+        """For each layer, by what it sees; None for those that are always dense."""
+        return [None if sight is None else self._selector(layer, sight) for layer, sight in enumerate(sights)]
+
+    def _budgets(self, layer: int, q: Tensor) -> estimate.Budgets | None:
+        """Those of this tensor rank's heads."""
+        if self.budgets is None:
+            return None
+        heads = slice(self.tensor_rank * q.shape[2], (self.tensor_rank + 1) * q.shape[2])
+        numbers = torch.tensor([self.budgets.columns[layer][heads], self.budgets.diagonals[layer][heads]])
+        return estimate.Budgets(*to_device(numbers, q.device))
+
+    def _selector(self, layer: int, sight: Sight) -> Selector:
+        def select(q: Tensor, k: Tensor) -> VerticalSlashIndex | None:
+            if not self.active:
+                return None
+            if self.watch is not None:
+                self.watch(layer, sight.estimator(q, k)[0])
+                return None
+            refresh, kept = self.settings.refresh, self.newest.get(layer)
+            if self.training and refresh > 1 and kept is not None and kept.step // refresh == self.step // refresh:
+                return kept.index
+            index, _ = sight.estimator(q, k, budgets=self._budgets(layer, q))
+            if self.training:
+                recall = None if sight.recall is None else sight.recall(q, k, index)
+                self.newest[layer] = Selected(self.step, index, recall)
+            return index
+
+        return select
