@@ -2,7 +2,9 @@
 
     python benchmarks/shapes.py --dims 128 64 --lengths 32768
 
-All candidates are compiled first, in parallel; a candidate that does not compile or run is reported as such.
+All candidates are compiled first, in parallel; a candidate that does not compile or run is reported as such. Under a
+sparse index the times include that of listing its tiles, which stands alone as `lists`, and of dkdv that of the kernel
+for columns, which stands alone as `column`; rates count the pairs of tiles and of columns.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ import torch
 from triton.testing import do_bench
 
 from farspan.kernels import masks
-from farspan.kernels.tiles import TileMap
-from farspan.kernels.triton.portable import launch
+from farspan.kernels.index import Places, VerticalSlashIndex
+from farspan.kernels.tiles import TILE, TileMap
+from farspan.kernels.triton.portable import launch, shapes
 from farspan.kernels.triton.portable.shapes import Shape
+from farspan.kernels.triton.selected import SelectedTiles
 
 FORWARD = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3)]
 DQ = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2)]
 DKDV = [
     (64, 64, 4, 2),
+    (64, 64, 8, 2),
     (64, 128, 8, 2),
     (64, 128, 8, 3),
     (32, 128, 8, 3),
@@ -34,31 +39,66 @@ DKDV = [
     (64, 64, 4, 3),
     (128, 128, 8, 2),
 ]
-KERNELS = {"forward": FORWARD, "dq": DQ, "dkdv": DKDV}
+COLUMN = [(32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2), (32, 128, 8, 2)]
+LISTS = [(0, 0, 0, 0)]  # has no shape
+KERNELS = {"forward": FORWARD, "dq": DQ, "dkdv": DKDV, "column": COLUMN, "lists": LISTS}
+PRODUCTS = {"forward": 4, "dq": 6, "dkdv": 8, "column": 8, "lists": 0}
+# Of a sparse index: the share of diagonals of blocks, and columns of a head.
+DENSITY, COLUMNS = 0.05, 2048
 
 
-def run(
-    kernel: str, shape: Shape, dim: int, length: int, causal: bool, heads: int, kv_heads: int
-) -> Callable[[], object]:
+def sparse_index(length: int, heads: int) -> VerticalSlashIndex:
+    """Diagonals and columns at random, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    diagonals = torch.rand(1, heads, -(-length // TILE), generator=generator) < DENSITY
+    diagonals[..., 0] = True
+    columns = torch.rand(1, heads, length, generator=generator).topk(min(COLUMNS, length)).indices
+    return VerticalSlashIndex(diagonals.cuda(), columns.sort(-1).values.int().cuda(), length)
+
+
+def pairs_of(case: str, length: int, heads: int) -> tuple[float, float]:
+    """(row, key) pairs of all heads that tiles compute, and that columns do."""
+    if case != "sparse":
+        return heads * (length * (length + 1) / 2 if case == "causal" else length * length), 0.0
+    index = sparse_index(length, heads)
+    tiles = float(index.density().sum()) * length * (length + 1) / 2
+    return tiles, float((length - index.columns).sum())
+
+
+def cases_of(kernel: str) -> tuple[str, ...]:
+    return ("sparse",) if kernel in ("column", "lists") else ("causal", "full", "sparse")
+
+
+def run(kernel: str, shape: Shape, dim: int, length: int, case: str, heads: int, kv_heads: int) -> Callable[[], object]:
     """A function that runs one kernel with a shape."""
     q, dout = (torch.randn(1, length, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(1, length, kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    mask = (masks.causal if causal else masks.full)(length).to("cuda")
-    tiles, scale = TileMap.of(mask, length), dim**-0.5
+    mask = (masks.full if case == "full" else masks.causal)(length).to("cuda")
+    scale = dim**-0.5
+    tiles: launch.Tiles = TileMap.of(mask, length)
+    if case == "sparse":
+        places = Places.of(range(length), range(length), device="cuda")
+        tiles = SelectedTiles(TileMap.of(mask, length), sparse_index(length, heads).at(places), kv_heads)
+    if kernel == "lists":
+        return lambda: (tiles.by_row, tiles.by_key)
     lse = torch.full((1, heads, length), math.log(length), device="cuda")
+    for name in ("forward_shape", "dq_shape", "dkdv_shape", "column_shape"):
+        setattr(launch, name, getattr(shapes, name))
     setattr(launch, f"{kernel}_shape", lambda dim, itemsize: shape)
     if kernel == "forward":
         return lambda: launch.forward(q, k, v, tiles, scale, dout, lse, False)
     common = (dout, q, k, v, lse, torch.zeros_like(lse), tiles, scale)
     if kernel == "dq":
         return lambda: launch.gradient_of_queries(*common, torch.empty_like(q), False)
+    if kernel == "column":
+        return lambda: launch.gradients_of_columns(*common)
     return lambda: launch.gradients_of_keys(*common, torch.empty_like(k), torch.empty_like(v), (False, False))
 
 
 def candidates(dims: list[int]) -> Iterator[tuple[str, int, Shape]]:
     for dim in dims:
-        for kernel, shapes in KERNELS.items():
-            yield from ((kernel, dim, Shape(*shape)) for shape in shapes)
+        for kernel, tried in KERNELS.items():
+            yield from ((kernel, dim, Shape(*shape)) for shape in tried)
 
 
 def compile_in_child(candidate: tuple[str, int, Shape]) -> str | None:
@@ -79,8 +119,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.compile:
         kernel, dim, shape = json.loads(arguments.compile)
-        for causal in (True, False):
-            run(kernel, Shape(*shape), dim, 512, causal, 8, 2)()
+        for case in cases_of(kernel):
+            run(kernel, Shape(*shape), dim, 512, case, 8, 2)()
         torch.cuda.synchronize()
         return
     todo = list(candidates(arguments.dims))
@@ -92,17 +132,17 @@ def main() -> None:
                 print(f"{kernel:8} {dim:4} {tuple(shape)!s:20} {error}", flush=True)
                 continue
             cells = []
-            for causal in (True, False):
-                pairs = length * (length + 1) // 2 if causal else length * length
-                products = {"forward": 4, "dq": 6, "dkdv": 8}[kernel]
+            for case in cases_of(kernel):
+                of_tiles, of_columns = pairs_of(case, length, arguments.heads)
+                pairs = of_columns if kernel == "column" else of_tiles + of_columns
                 ms = do_bench(
-                    run(kernel, shape, dim, length, causal, arguments.heads, arguments.kv_heads),
+                    run(kernel, shape, dim, length, case, arguments.heads, arguments.kv_heads),
                     5,
                     40,
                     return_mode="median",
                 )
-                rate = products * dim * arguments.heads * pairs / ms / 1e9
-                cells.append(f"{'causal' if causal else 'full'} {ms:8.3f} ms {rate:6.1f} TFLOP/s run")
+                rate = PRODUCTS[kernel] * dim * pairs / ms / 1e9
+                cells.append(f"{case} {ms:8.3f} ms {rate:6.1f} TFLOP/s run")
             print(f"{kernel:8} {dim:4} {length:7} {tuple(shape)!s:20} {'   '.join(cells)}", flush=True)
 
 

@@ -29,11 +29,11 @@ def test_kernels_compile_for_hopper_and_keep_the_matrix_units_busy(dim: int) -> 
         assert report["products"] >= 8, report
         assert not report["serialized"], report
         # Registers that do not fit go through memory. In the backward kernels for Hopper a word or two do, around the
-        # loops; elsewhere some may where tiles are tested, for that is seldom.
+        # loops, in the forward ones and the portable dkdv some where tiles are tested, for that is seldom.
         assert report["spilled_bytes"] <= spill_limit(report["kernel"]), report
 
 
 def spill_limit(kernel: str) -> int:
     if kernel.startswith("hopper"):
         return 8 if "forward" not in kernel else 40 if "dense" in kernel else 400
-    return 400
+    return 400 if "dkdv" in kernel else 0

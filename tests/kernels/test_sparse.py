@@ -15,7 +15,7 @@ from torch import Tensor
 from farspan.kernels import IntervalMask, attend, attend_backward, masks, merge
 from farspan.kernels.index import Places, Selection
 from farspan.kernels.tiles import TILE, TileMap
-from farspan.kernels.triton.portable import launch
+from farspan.kernels.triton.portable import launch, shapes
 from farspan.kernels.triton.selected import SelectedTiles
 from farspan.parallel import orders
 
@@ -23,8 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASKS = ("causal", "documents", "window")
 INDEXES = [case.name for case in index_cases(16, 1, 8)]
 PRODUCT = list(product(INDEXES, MASKS, (64, 128), (1, 4, 8)))
-# Neighbours in the product differ in their group; every 7th case meets each pair of choices.
-SAMPLE = PRODUCT[::7]
+# Every 13th case meets each index, mask, head dim and group, and in other pairs each time.
+SAMPLE = PRODUCT[::13]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def check(results: tuple[Tensor, ...], inputs: tuple[Tensor, ...], allowed: Tens
 
 
 def check_whole(
-    name: str, mask_name: str, dim: int, group: int, length: int = 300, dtype: torch.dtype = torch.float32
+    name: str, mask_name: str, dim: int, group: int, length: int = 290, dtype: torch.dtype = torch.float32
 ) -> None:
     mask, index = of_mask(mask_name, length), of_index(name, length, group)
     inputs = tensors(length, (group, 1), dim, dtype)
@@ -95,6 +95,15 @@ def check_whole(
     check(results, inputs, index.selected & mask.allowed[:, None])
 
 
+@pytest.fixture
+def wide_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block shapes of bf16, which fp32 has no room for on a GPU: fewer steps for the interpreter."""
+    if DEVICE == "cpu":
+        for shape in (shapes.forward_shape, shapes.dq_shape, shapes.dkdv_shape, shapes.column_shape):
+            monkeypatch.setattr(launch, shape.__name__, lambda dim, _, shape=shape: shape(dim, 2))
+
+
+@pytest.mark.usefixtures("wide_blocks")
 @pytest.mark.parametrize(("name", "mask_name", "dim", "group"), SAMPLE)
 def test_equals_the_oracle(name: str, mask_name: str, dim: int, group: int) -> None:
     check_whole(name, mask_name, dim, group)
@@ -113,9 +122,9 @@ def test_equals_the_oracle_at_greater_length(name: str, mask_name: str) -> None:
     check_whole(name, mask_name, 64, 4, length=1024)
 
 
-@pytest.mark.parametrize("name", ["some", "columns in tiles"])
+@pytest.mark.parametrize("name", ["some", pytest.param("columns in tiles", marks=pytest.mark.full)])
 def test_half_precision(name: str) -> None:
-    check_whole(name, "documents", 128, 4, length=512, dtype=torch.float16)
+    check_whole(name, "documents", 128, 2, length=512, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +160,7 @@ def test_pieces_of_two_ranks_accumulate_to_the_whole(order_name: str, name: str,
     check(tuple(results), inputs, index.selected & mask.allowed[:, None])
 
 
-@pytest.mark.parametrize(("of_indexes", "of_masks"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("of_indexes", "of_masks"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.full)])
 def test_an_index_or_a_mask_for_each_row_of_the_batch(of_indexes: int, of_masks: int) -> None:
     length = 130
     index = of_index("some", length, 2, batch=of_indexes)
@@ -164,8 +173,8 @@ def test_an_index_or_a_mask_for_each_row_of_the_batch(of_indexes: int, of_masks:
 
 
 def test_two_runs_give_the_same_bits() -> None:
-    index, mask = of_index("some", 300, 4), masks.causal(300)
-    inputs, selection = tensors(300, (4, 2), 64, torch.float16), selected(index, range(300), range(300))
+    index, mask = of_index("some", 200, 2), masks.causal(200)
+    inputs, selection = tensors(200, (2, 1), 64, torch.float16), selected(index, range(200), range(200))
     for first, second in zip(run(inputs, mask, selection), run(inputs, mask, selection), strict=True):
         assert torch.equal(first, second)
 
@@ -202,7 +211,7 @@ def test_tiles_alone_and_columns_alone_merge_to_both() -> None:
 def test_rows_of_few_columns_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at great length, where one program would walk over all rows."""
     monkeypatch.setattr(launch, "_COLUMN_ROW_TILES", 1)
-    check_whole("columns alone", "causal", 64, 4, dtype=torch.float16)
+    check_whole("columns alone", "causal", 64, 2, dtype=torch.float16)
 
 
 def test_scores_far_apart_and_rows_that_see_nothing() -> None:
@@ -215,10 +224,10 @@ def test_scores_far_apart_and_rows_that_see_nothing() -> None:
     check(results, inputs, index.selected & mask.allowed[:, None])
 
 
-@pytest.mark.parametrize("mask_name", [*MASKS, "star", "blind"])
+@pytest.mark.parametrize("mask_name", ["causal", "star", "blind"])
 def test_lists_hold_the_selected_tiles_by_head(mask_name: str) -> None:
     """Without asking the device for anything once the mask's own tiles are known."""
-    length, heads, kv_heads = 700, 4, 2
+    length, heads, kv_heads = 520, 4, 2
     mask = of_mask(mask_name, length).mask.to(DEVICE)
     index = of_index("some", length, heads, batch=2)
     tiles = TileMap.of(mask, length)

@@ -12,24 +12,14 @@ from farspan.kernels.triton.portable.walk import row_bounds, row_statistics, vis
 
 
 @triton.jit
-def column_walk(lists, first_row, rows, column_first, column_stop, TILE: tl.constexpr):
-    """The columns that a row of the tile may see, as `[first, stop)` of the head's."""
+def column_walk(
+    lists, first_row, rows, keys, most, column_slots, column_first, column_stop, selected, TILE: tl.constexpr
+):
+    """A head's columns, those that a row of the tile may see as `[first, stop)` of them, and the tiles of its rows."""
     entry = lists * tl.cdiv(rows, TILE) + first_row // TILE
-    return tl.load(column_first + entry), tl.load(column_stop + entry)
-
-
-@triton.jit
-def group_of(lists, first, column_slots, most, keys, BLOCK_N: tl.constexpr):
-    """Slots of a head's columns from the one numbered `first` on, and where there is none the number of keys."""
-    place = first + tl.arange(0, BLOCK_N)
-    return tl.load(column_slots + lists.to(tl.int64) * most + place, mask=place < most, other=keys)
-
-
-@triton.jit
-def outside_tiles(lists, first_row, slot, rows, keys, selected, TILE: tl.constexpr):
-    """Whether a column exists and lies in none of the tiles that are selected for the row tile."""
-    tiles = (lists.to(tl.int64) * tl.cdiv(rows, TILE) + first_row // TILE) * tl.cdiv(keys, TILE)
-    return tl.load(selected + tiles + slot // TILE, mask=slot < keys, other=1) == 0
+    slots = column_slots + lists.to(tl.int64) * most
+    tiles = selected + entry.to(tl.int64) * tl.cdiv(keys, TILE)
+    return slots, tl.load(column_first + entry), tl.load(column_stop + entry), tiles
 
 
 @triton.jit
@@ -90,7 +80,10 @@ def column_kernel(
     head, batch = tl.program_id(1), tl.program_id(2)
     lists = batch * lists_stride_b + head * lists_stride_h
     group, share = tl.program_id(0) // shares, tl.program_id(0) % shares
-    slot = group_of(lists, group * BLOCK_N, column_slots, most, keys, BLOCK_N)
+    place = group * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.load(column_slots + lists.to(tl.int64) * most + place, mask=place < most, other=keys)
+    key_tiles = tl.cdiv(keys, TILE)
+    tiles = selected + lists.to(tl.int64) * tl.cdiv(rows, TILE) * key_tiles + slot // TILE
     k_group = gathered(k, k_stride_b, k_stride_h, k_stride_s, batch, head // GROUP, slot, slot < keys, DIM, PADDED_DIM)
     v_group = gathered(
         v, v_stride_b, v_stride_h, v_stride_s, batch, head // GROUP, slot, slot < keys, VALUE_DIM, PADDED_VALUE_DIM
@@ -112,7 +105,7 @@ def column_kernel(
             lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, batch, head, row, rows
         )
         bounds = row_bounds(row, rows, keys, 0, begin, end, anchor_begin, anchor_end, batch * mask_stride * rows, True)
-        wanted = outside_tiles(lists, first_row, slot, rows, keys, selected, TILE)
+        wanted = tl.load(tiles + first_row // TILE * key_tiles, mask=slot < keys, other=1) == 0
         scores = tl.dot(k_group, q.T, input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - row_lse[None, :])
         p = tl.where(visible(slot, bounds, 1) & wanted[:, None], p, 0.0)
@@ -120,7 +113,6 @@ def column_kernel(
         ds = p * (tl.dot(v_group, dout.T, input_precision=PRECISION) - row_delta[None, :])
         dk_total = tl.dot(ds.to(q.dtype), q, dk_total, input_precision=PRECISION)
 
-    place = group * BLOCK_N + tl.arange(0, BLOCK_N)
     before = ((share * tl.num_programs(2) + batch).to(tl.int64) * tl.num_programs(1) + head) * most
     write_rows(dk + before * DIM, DIM, place, most, dk_total, DIM, PADDED_DIM, False)
     write_rows(dv + before * VALUE_DIM, VALUE_DIM, place, most, dv_total, VALUE_DIM, PADDED_VALUE_DIM, False)

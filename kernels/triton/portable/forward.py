@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton.portable.columns import column_walk, gathered, group_of, outside_tiles
+from farspan.kernels.triton.portable.columns import column_walk, gathered
 from farspan.kernels.triton.portable.walk import block_of, row_bounds, row_walk, visible
 from farspan.kernels.triton.rows import merge_weights
 
@@ -108,20 +108,23 @@ def forward_kernel(
         total, highest, weight = _online_softmax(scores, v, total, highest, weight, scale_log2, PRECISION)
 
     if COLUMNS:
-        column, past_columns = column_walk(lists, first_row, rows, column_first, column_stop, TILE)
-        for i in tl.range(column, past_columns, BLOCK_N):
-            slot = group_of(lists, i, column_slots, most, keys, BLOCK_N)
-            wanted = outside_tiles(lists, first_row, slot, rows, keys, selected, TILE)
-            # fmt: off
+        # fmt: off
+        slots, first_column, stop_column, tiles = column_walk(
+            lists, first_row, rows, keys, most, column_slots, column_first, column_stop, selected, TILE
+        )
+        for i in tl.range(first_column, stop_column, BLOCK_N):
+            place = i + tl.arange(0, BLOCK_N)
+            slot = tl.load(slots + place, mask=place < stop_column, other=keys)
+            wanted = tl.load(tiles + slot // TILE, mask=slot < keys, other=1) == 0
             k = gathered(k_rows, k_stride_b, k_stride_h, k_stride_s, batch, kv_head, slot, wanted, DIM, PADDED_DIM)
             v = gathered(
                 v_rows, v_stride_b, v_stride_h, v_stride_s, batch, kv_head, slot, wanted, VALUE_DIM, PADDED_VALUE_DIM
             )
-            # fmt: on
             scores = tl.dot(q, k.T, input_precision=PRECISION)
             seen = visible(slot, bounds, 0) & wanted[None, :]
             scores = tl.where(seen, scores, float("-inf"))
             total, highest, weight = _online_softmax(scores, v, total, highest, weight, scale_log2, PRECISION)
+        # fmt: on
 
     blind = weight == 0
     part = total / tl.where(blind, 1.0, weight)[:, None]

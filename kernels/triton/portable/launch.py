@@ -111,7 +111,7 @@ def gradients_of_keys(
     accumulate: tuple[bool, bool],
 ) -> None:
     batch, keys, kv_heads, _ = k.shape
-    of_columns = _gradients_of_columns(dout, q, k, v, lse, delta, tiles, scale)
+    of_columns = gradients_of_columns(dout, q, k, v, lse, delta, tiles, scale)
     shape = dkdv_shape(_widest(q, v), q.itemsize)
     dkdv_kernel[(_blocks(keys, shape.block_n, tiles), kv_heads, batch)](
         _descriptor(q, shape.block_m),
@@ -134,7 +134,7 @@ def gradients_of_keys(
     )
 
 
-def _gradients_of_columns(
+def gradients_of_columns(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
