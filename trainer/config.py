@@ -73,16 +73,20 @@ class TrainSection(_Section):
     @model_validator(mode="after")
     def _check_rows(self) -> TrainSection:
         if self.tokens_per_step % self.sequence_length:
-            near = max(1, round(self.tokens_per_step / self.sequence_length)) * self.sequence_length
             raise ValueError(
                 f"train.tokens_per_step {self.tokens_per_step} must be a multiple of train.sequence_length "
-                f"{self.sequence_length}; the nearest is {near}"
+                f"{self.sequence_length}; the nearest is {self.nearest_tokens_per_step(1)}"
             )
         return self
 
     @property
     def rows_per_step(self) -> int:
         return self.tokens_per_step // self.sequence_length
+
+    def nearest_tokens_per_step(self, rows: int) -> int:
+        """Tokens of the nearest multiple of so many rows."""
+        unit = rows * self.sequence_length
+        return max(1, round(self.tokens_per_step / unit)) * unit
 
 
 class ParallelSection(_Section):

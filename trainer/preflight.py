@@ -108,7 +108,7 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
         raise ConfigError(
             f"train.tokens_per_step {train.tokens_per_step} is {train.rows_per_step} rows of train.sequence_length "
             f"{train.sequence_length}, which data {degrees.data} x train.micro_batch_rows {train.micro_batch_rows} do "
-            f"not divide; make train.tokens_per_step a multiple of {at_once * train.sequence_length}"
+            f"not divide; the nearest train.tokens_per_step that goes is {train.nearest_tokens_per_step(at_once)}"
         )
     arrangement = Arrangement(config, degrees.context)
     try:
