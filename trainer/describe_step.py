@@ -44,7 +44,8 @@ def say_time(planned: Planned, say: Say) -> None:
     for layer, lines in timelines.items():
         say(
             "layer",
-            ("attention " if len(timelines) == 1 else f"attention to {layer.seen.in_words}: ")
+            ("attention" if len(timelines) == 1 else f"attention to {layer.seen.in_words}")
+            + " in rows of one document: "
             + ", ".join(
                 f"{direction} {1e3 * line.seconds:,.2f} ms ({1e3 * line.exposed_seconds:,.2f} waiting)"
                 for direction, line in lines.items()

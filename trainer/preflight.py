@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ def check(config: RunConfig, processes: int) -> Preflight:
         raise ConfigError(str(error)) from error
     model = with_vocabulary(config, prepared)
     _check_rows(config, degrees)
-    _check_text(config, prepared)
+    for shortage in short_splits(config, prepared):
+        raise ConfigError(shortage)
     if torch.cuda.is_available():
         check_host_memory(config, degrees, check_devices(processes, "launch.processes"))
     elif config.parallel.sequence_parallel:
@@ -91,13 +93,15 @@ def with_vocabulary(config: RunConfig, prepared: Prepared) -> ModelConfig:
     return model
 
 
-def _check_text(config: RunConfig, prepared: Prepared) -> None:
+def short_splits(config: RunConfig, prepared: Prepared) -> Iterator[str]:
+    """What is wrong with splits that do not fill one row."""
     length = config.train.sequence_length
+    remedies = {"train": "prepare more text in data.sources", "heldout": "prepare with a larger data.heldout_fraction"}
     for split, tokens in prepared.tokens.items():
         if tokens < length:
-            raise ConfigError(
+            yield (
                 f"train.sequence_length is {length}, but the {split} split has only {tokens} tokens: lower "
-                "train.sequence_length, or prepare more text in data.sources"
+                f"train.sequence_length, or {remedies[split]}"
             )
 
 

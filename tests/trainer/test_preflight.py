@@ -157,3 +157,4 @@ def test_too_little_text_for_one_row(config_file: Path) -> None:
         message = refusal(config_file, 1, f"train.sequence_length={length}", f"train.tokens_per_step={length}")
         assert f"train.sequence_length is {length}, but the " in message
         assert "split has only" in message
+        assert ("data.heldout_fraction" in message) == (split == "heldout")
