@@ -52,7 +52,7 @@ class DataSection(_Section):
     vocabulary_size: int = Field(32_000, ge=300)
     """Size of a tokenizer that is trained; 256 of its pieces are single bytes."""
     heldout_fraction: float = Field(0.01, gt=0, lt=1)
-    """Share of the documents that are kept for evaluation."""
+    """Share of the documents that are kept for evaluation; at least one of them is."""
     processes: int = Field(1, gt=0)
     """Processes that encode text during `farspan prepare`."""
 
