@@ -33,9 +33,10 @@ HEADS, KV_HEADS = 32, 8
 BACKENDS = tuple(name for name in REGISTRY if name != "reference")
 KINDS: tuple[Kind, ...] = ("causal", "full", "lists")
 DIRECTIONS = ("forward", "backward")
-LENGTHS = dict.fromkeys((64, 128), (512, 1024, 2048, 4096, 8192, 16384, 32768)) | {256: (2048, 8192)}
-# Documents of a row that is measured as lists.
-DOCUMENTS = 8
+SQUARES = dict.fromkeys((64, 128), (512, 1024, 2048, 4096, 8192, 16384, 32768)) | {256: (2048, 8192)}
+DOCUMENTS = dict.fromkeys((64, 128), (64, 128, 256, 512, 1024, 2048, 4096)) | {256: (256, 1024)}
+# A row that is measured as lists: so many documents that the GPU is busy, however short they are.
+LIST_ROWS = 1 << 16
 # Backends take turns, so that all meet the same clocks; of the rounds the best counts.
 ROUNDS = 2
 
@@ -48,28 +49,31 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One problem, and the backends that take it."""
+    """One problem, and the backends that take it. `length` is that of a square, or of each document of lists."""
 
     kind: Kind
     dim: int
     length: int
 
     @property
+    def rows(self) -> int:
+        return LIST_ROWS if self.kind == "lists" else self.length
+
+    @property
     def backends(self) -> list[str]:
-        problem = Problem(1, self.length, HEADS, KV_HEADS, self.dim, self.dim, torch.bfloat16, capability())
+        problem = Problem(1, self.rows, HEADS, KV_HEADS, self.dim, self.dim, torch.bfloat16, capability())
         able = [name for name in BACKENDS if REGISTRY[name].refusal(problem) is None]
         return [name for name in able if self.kind != "lists" or REGISTRY[name].any_mask]
 
     def mask(self) -> IntervalMask:
         if self.kind == "full":
             return masks.full(self.length).to("cuda")
-        step = self.length // DOCUMENTS if self.kind == "lists" else self.length
-        return masks.causal(self.length, range(0, self.length + 1, step)).to("cuda")
+        return masks.causal(self.rows, range(0, self.rows + 1, self.length)).to("cuda")
 
     def runs(self, backend: str) -> tuple[Callable[[], Any], Callable[[], Any], int]:
         """One forward pass, one backward pass, and the visible pairs."""
         generator = torch.Generator("cuda").manual_seed(0)
-        shapes = [(1, self.length, heads, self.dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+        shapes = [(1, self.rows, heads, self.dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
         q, k, v, dout = (
             torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for shape in shapes
         )
@@ -115,7 +119,7 @@ def compile_all() -> set[Key]:
 
     In processes of their own, side by side: Triton fills its cache on disk there.
     """
-    once = [Case(kind, dim, 2048) for dim in LENGTHS for kind in KINDS]
+    once = [Case(kind, dim, 2048) for dim in SQUARES for kind in KINDS]
     keys = [Key(case.kind, case.dim, backend) for case in once for backend in case.backends]
 
     def child(key: Key) -> bool:
@@ -137,8 +141,9 @@ def run_once(key: Key) -> None:
 
 def cases() -> Iterator[Case]:
     """Those of one key of the table follow each other by length."""
-    for dim, lengths in LENGTHS.items():
+    for dim in SQUARES:
         for kind in KINDS:
+            lengths = DOCUMENTS[dim] if kind == "lists" else SQUARES[dim]
             yield from (Case(kind, dim, length) for length in lengths)
 
 
@@ -155,10 +160,22 @@ def measure(usable: set[Key]) -> dict[str, list[tuple[int, float]]]:
                     best[backend] = min(best[backend], ms)
             for backend, (_, _, pairs) in runs.items():
                 flops = (10 if direction == "backward" else 4) * HEADS * case.dim * pairs
-                length = case.length // DOCUMENTS if case.kind == "lists" else case.length
                 points = found.setdefault(f"{backend} {direction} {case.kind} {case.dim}", [])
-                points.append((length, round(flops / best[backend] / 1e9, 1)))
-    return found
+                points.append((case.length, round(flops / best[backend] / 1e9, 1)))
+    return {key: busy(points) if " lists " in key else points for key, points in found.items()}
+
+
+def busy(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Without the first points of lists if the rate grows faster than the length from there: launches are what took
+    the time then, and they are counted by themselves.
+
+    Of squares they stay: the length says all of a square's work, but nothing of how many documents a row has.
+    """
+    for start in reversed(range(1, len(points))):
+        (low, slow), (high, fast) = points[start - 1 : start + 1]
+        if fast * low > slow * high:
+            return points[start:]
+    return points
 
 
 def dump(tree: dict[str, Any]) -> str:

@@ -28,6 +28,14 @@ from farspan.data.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = ["Prepared", "load_prepared", "prepare"]
 
+# What a preparation depends on, in words of the configuration.
+_KEYS = {
+    "documents": "documents in data.sources",
+    "seed": "run.seed",
+    "heldout_fraction": "data.heldout_fraction",
+    "tokenizer": "data.vocabulary_size or data.tokenizer",
+}
+
 
 def prepare(
     sources: Sequence[str],
@@ -43,16 +51,17 @@ def prepare(
     """Encodes all documents of `sources` into `directory`, as Megatron `.bin` and `.idx` files by split.
 
     Each document ends with the end-of-document token. Whether a document is held out depends on `seed` and its path
-    within its source only. Without `tokenizer`, one of `vocabulary_size` pieces is trained on the documents that are
-    not held out; with one, `vocabulary_size` is not read. `processes` encode; `report` gets lines for the user, those
-    of progress at most once a second.
+    within its source only, unless that keeps none: then it is the one whose size is nearest to that share of the text.
+    Without `tokenizer`, one of `vocabulary_size` pieces is trained on the documents that are not held out; with one,
+    `vocabulary_size` is not read. `processes` encode; `report` gets lines for the user, those of progress at most once
+    a second.
 
     Everything is written beside `directory` and renamed when complete, so that `directory` is whole or absent whoever
     is interrupted, and of several processes that prepare the same at once, one wins and all return. A directory that
     holds the same preparation already is checked and returned.
 
-    Raises DataError when there is no text, a split is empty, a file changes meanwhile, the tokenizer does not do, or
-    `directory` holds something else.
+    Raises DataError when there is no text, or one document alone, a split is empty, a file changes meanwhile, the
+    tokenizer does not do, or `directory` holds something else.
     """
     documents = [describe(document) for document in named_documents(sources)]
     splits = _split(documents, heldout_fraction, seed)
@@ -64,10 +73,10 @@ def prepare(
     }
     present = _present(directory, inputs)
     if present:
-        report(f"{directory} already holds these {len(documents)} documents, prepared. Nothing to do.")
+        report(f"{directory} already holds these {len(documents):,} documents, prepared. Nothing to do.")
         return present
     megabytes = sum(source.size for source in documents) / 1e6
-    report(f"{len(documents)} documents, {megabytes:.1f} MB; {len(splits['heldout'])} of them are held out")
+    report(f"{len(documents):,} documents, {megabytes:,.1f} MB; {len(splits['heldout']):,} of them are held out")
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     # More than the process id: containers that share a disk have the same ones.
@@ -77,7 +86,7 @@ def prepare(
         if tokenizer:
             shutil.copyfile(tokenizer, staging / TOKENIZER)
         else:
-            report(f"training a tokenizer of {vocabulary_size} pieces")
+            report(f"training a tokenizer of {vocabulary_size:,} pieces")
             texts = (read_document(source.document.path) for source in splits["train"])
             # One thread: SentencePiece writes their number into the file, and they hardly make it faster.
             train_tokenizer(texts, staging / TOKENIZER, vocabulary_size, threads=1, seed=seed)
@@ -88,8 +97,9 @@ def prepare(
         if staging.exists():
             shutil.rmtree(staging)
     report(
-        f"{directory} is ready: {prepared.tokens['train']} tokens to train on in {prepared.documents['train']} "
-        f"documents, {prepared.tokens['heldout']} held out in {prepared.documents['heldout']}"
+        f"{directory} is ready: {prepared.tokens['train']:,} tokens to train on in "
+        f"{prepared.documents['train']:,} documents, {prepared.tokens['heldout']:,} held out in "
+        f"{prepared.documents['heldout']:,}"
     )
     return prepared
 
@@ -97,16 +107,25 @@ def prepare(
 def _split(documents: Sequence[Source], heldout_fraction: float, seed: int) -> dict[str, list[Source]]:
     if not 0 < heldout_fraction < 1:
         raise DataError(f"data.heldout_fraction is {heldout_fraction}: give a number between 0 and 1, such as 0.05.")
+    if len(documents) == 1:
+        raise DataError(
+            f"data.sources has one document, {documents[0].document.name}, and documents are held out as a whole: "
+            "divide it into several files, or add documents to data.sources."
+        )
     splits: dict[str, list[Source]] = {split: [] for split in SPLITS}
     for source in documents:
         place = int(_digest([seed, source.document.name])[:16], 16) / 2**64
         splits["heldout" if place < heldout_fraction else "train"].append(source)
-    for split in SPLITS:
-        if not splits[split]:
-            raise DataError(
-                f"With data.heldout_fraction {heldout_fraction} the {split} split has none of the {len(documents)} "
-                "documents: change data.heldout_fraction, or add documents to data.sources."
-            )
+    if not splits["heldout"]:
+        share = heldout_fraction * sum(source.size for source in documents)
+        nearest = min(documents, key=lambda source: (abs(source.size - share), source.document.name))
+        splits["train"].remove(nearest)
+        splits["heldout"].append(nearest)
+    if not splits["train"]:
+        raise DataError(
+            f"With data.heldout_fraction {heldout_fraction} all {len(documents)} documents are held out: lower "
+            "data.heldout_fraction, or add documents to data.sources."
+        )
     return splits
 
 
@@ -120,7 +139,7 @@ def _present(directory: Path, inputs: Mapping[str, object]) -> Prepared | None:
         )
     description = read_description(directory)
     if description["fingerprint"] != _digest(inputs):
-        other = [name for name, value in inputs.items() if description["inputs"].get(name) != value]
+        other = [_KEYS[name] for name, value in inputs.items() if description["inputs"].get(name) != value]
         raise DataError(
             f"{directory} holds data prepared from other inputs (other {', '.join(other)}): remove it to prepare "
             "again, or set data.directory to a new directory."

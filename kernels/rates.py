@@ -18,8 +18,8 @@ class Rates:
     """TFLOP/s by backend, direction, kind and head dim, at several lengths, for one device.
 
     `points["cudnn forward causal 128"]` is `[(length, TFLOP/s), ...]`, ascending. Causal and full problems are square,
-    of that length; lists are those of causal documents of that length, eight of them. `name` is such as "sm_90";
-    `torch` and `triton` are the versions measured with.
+    of that length; lists are those of causal documents of that length, in a row with many of them. `name` is such as
+    "sm_90"; `torch` and `triton` are the versions measured with.
     """
 
     name: str

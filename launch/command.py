@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +19,20 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 2 for an error of the user's, said in one line; 130 after Ctrl-C; else that of the failed worker."""
+    """Exit code 0; 2 for an error of the user's, said in one line; 130 after Ctrl-C; 141 when nobody reads what is
+    printed any more, as behind `| head`; else that of the failed worker."""
     options = _parse(arguments)
     try:
-        return _run(options)
+        code = _run(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("farspan: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere: Python would complain of it when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -118,10 +126,11 @@ def prepare(options: argparse.Namespace) -> int:
     """Encodes `data.sources` into `data.directory`."""
     from farspan.data.prepare import prepare as prepare_data
     from farspan.trainer.config import load_config
+    from farspan.trainer.preflight import short_splits
 
     config = load_config(options.config, options.overrides)
     data = config.data
-    prepare_data(
+    prepared = prepare_data(
         data.sources,
         data.directory,
         tokenizer=data.tokenizer,
@@ -131,6 +140,8 @@ def prepare(options: argparse.Namespace) -> int:
         processes=data.processes,
         report=lambda line: print(line, flush=True),
     )
+    for shortage in short_splits(config, prepared):
+        print(f"warning: {shortage}")
     return 0
 
 
@@ -218,15 +229,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="farspan", description="Distributed training on very long sequences.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def with_config(name: str, verb: object, summary: str) -> argparse.ArgumentParser:
-        usage = f"farspan {name} CONFIG [key=value ...]"
+    def with_config(name: str, verb: object, summary: str, option: str = "") -> argparse.ArgumentParser:
+        usage = f"farspan {name} CONFIG [key=value ...]{option}"
         epilog = "key=value overrides a key of the file, such as train.steps=10."
         added = verbs.add_parser(name, help=summary, description=summary, usage=usage, epilog=epilog)
         added.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         added.set_defaults(verb=verb, overrides=[])
         return added
 
-    training = with_config("train", train, "Train, on this machine's processes or as a torchrun worker.")
+    training = with_config(
+        "train", train, "Train, on this machine's processes or as a torchrun worker.", " [--resume {auto,never}]"
+    )
     training.add_argument(
         "--resume",
         choices=("auto", "never"),
@@ -235,7 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     with_config("prepare", prepare, "Encode text for training.")
     planning = with_config(
-        "plan", plan, "Print and verify who computes what, with the expected time and memory; starts nothing."
+        "plan",
+        plan,
+        "Print and verify who computes what, with the expected time and memory; starts nothing.",
+        " [--plot FILE.png]",
     )
     planning.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw the work by rank and stage (needs farspan[plot])"

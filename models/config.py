@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 RecomputeMode = Literal["none", "full", "selective"]
+
+
+def refuse_switches(cls: type[BaseModel], given: object, info: ValidationInfo) -> object:
+    """A validator of all fields: YAML's yes and no are no numbers, though pydantic takes them for 1 and 0."""
+    annotation = cls.model_fields[str(info.field_name)].annotation
+    if isinstance(given, bool) and {int, float} & {annotation, *get_args(annotation)}:
+        raise PydanticCustomError("number", "Input should be a number")
+    return given
 
 
 class ModelConfig(BaseModel):
     """A Llama, Qwen or Mistral style decoder. A preset fills what is not given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    _refuse_switches = field_validator("*", mode="before")(refuse_switches)
 
     preset: str | None = None
     """Name of a file in configs/models; keys given beside it take precedence."""

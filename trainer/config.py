@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from farspan.kernels import BACKENDS
 from farspan.kernels.estimate import VerticalSlash
 from farspan.kernels.tiles import TILE
-from farspan.models.config import ModelConfig, RecomputeMode
+from farspan.models.config import ModelConfig, RecomputeMode, refuse_switches
 from farspan.parallel.cluster import load_cluster
 from farspan.parallel.orders import ORDERS
 from farspan.parallel.plans import PLANS, Topology
@@ -31,6 +31,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+    _refuse_switches = field_validator("*", mode="before")(refuse_switches)
 
 
 class RunSection(_Section):
@@ -57,7 +58,7 @@ class DataSection(_Section):
     vocabulary_size: int = Field(32_000, ge=300)
     """Size of a tokenizer that is trained; 256 of its pieces are single bytes."""
     heldout_fraction: float = Field(0.01, gt=0, lt=1)
-    """Share of the documents that are kept for evaluation."""
+    """Share of the documents that are kept for evaluation; at least one of them is."""
     processes: int = Field(1, gt=0)
     """Processes that encode text during `farspan prepare`."""
 
@@ -79,16 +80,20 @@ class TrainSection(_Section):
     @model_validator(mode="after")
     def _check_rows(self) -> TrainSection:
         if self.tokens_per_step % self.sequence_length:
-            near = max(1, round(self.tokens_per_step / self.sequence_length)) * self.sequence_length
             raise ValueError(
                 f"train.tokens_per_step {self.tokens_per_step} must be a multiple of train.sequence_length "
-                f"{self.sequence_length}; the nearest is {near}"
+                f"{self.sequence_length}; the nearest is {self.nearest_tokens_per_step(1)}"
             )
         return self
 
     @property
     def rows_per_step(self) -> int:
         return self.tokens_per_step // self.sequence_length
+
+    def nearest_tokens_per_step(self, rows: int) -> int:
+        """Tokens of the nearest multiple of so many rows."""
+        unit = rows * self.sequence_length
+        return max(1, round(self.tokens_per_step / unit)) * unit
 
 
 class ParallelSection(_Section):
@@ -311,9 +316,8 @@ class RunConfig(_Section):
             ("attention.backend", self.attention.backend, list(BACKENDS)),
         ):
             if value not in choices:
-                raise ValueError(
-                    f"{key} is {value!r}{_did_you_mean(value, choices)}; possible are {', '.join(choices)}"
-                )
+                hint = _did_you_mean(value, choices) or ";"
+                raise ValueError(f"{key} is {value!r}{hint} possible are {', '.join(choices)}")
         if self.parallel.plan == "single" and self.parallel.context > 1:
             raise ValueError(
                 f"parallel.plan single keeps a sequence on one rank, but parallel.context is {self.parallel.context}; "
@@ -321,6 +325,12 @@ class RunConfig(_Section):
             )
         if self.parallel.plan not in ("single", "auto"):
             self.parallel.topology.degrees(self.parallel.plan, self.parallel.context)
+        for key, users in (("inner", ["hierarchical_ring", "usp"]), ("ulysses", ["usp"])):
+            if getattr(self.parallel, key) is not None and self.parallel.plan not in (*users, "auto"):
+                raise ValueError(
+                    f"parallel.{key} {getattr(self.parallel, key)} does nothing with parallel.plan "
+                    f"{self.parallel.plan}; leave it out, or set parallel.plan to {' or '.join(users)}"
+                )
         if self.train.dtype == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(
                 "train.dtype bf16 needs parallel.zero_stage 1 or more (DeepSpeed's bf16 optimizer takes a step that "
@@ -370,6 +380,11 @@ class RunConfig(_Section):
         window, layers = self.attention.window, self.model.layers
         if window is None:
             return self
+        if window.width >= self.train.sequence_length:
+            raise ValueError(
+                f"attention.window.width {window.width} leaves every layer dense, for it is not less than "
+                f"train.sequence_length {self.train.sequence_length}; lower it, or leave out attention.window"
+            )
         full = set(window.full_layers)
         if len(full) != len(window.full_layers) or max(full, default=0) >= layers:
             raise ValueError(
@@ -505,6 +520,8 @@ def _one_line(path: Path, error: ValidationError) -> str:
             problems.append(f"{key} is required")
         elif detail["type"] == "value_error":
             problems.append(str(detail["ctx"]["error"]))
+        elif detail["type"] == "model_type":
+            problems.append(f"{key} is {detail['input']!r}: it must be a section, with keys of its own")
         else:
             message = detail["msg"][0].lower() + detail["msg"][1:]
             problems.append(f"{key} is {detail['input']!r}: {message}")

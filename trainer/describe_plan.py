@@ -21,7 +21,7 @@ _WIDTH, _INDENT = 100, 14
 def describe_plan(config: RunConfig, processes: int, report: Callable[[str], None], plot: Path | None = None) -> None:
     """For rows of one document: mesh, plan, verification, work and bytes, time and memory of a step.
 
-    ConfigError for an impossible mesh, or when `plot` is given and matplotlib is not installed.
+    ConfigError for an impossible mesh, or when `plot` is given and cannot be drawn.
     """
     # A thousand ranks make millions of moves and pieces, and to look for cycles among them takes half of the time.
     collecting = gc.isenabled()
@@ -40,10 +40,12 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
             report(line)
 
     if plot is not None:
-        from farspan.trainer.plan_plot import require_matplotlib
+        from farspan.trainer.plan_plot import check_plot, plot_work
 
-        require_matplotlib()
+        check_plot(plot)
     planned, reasons = plan_of(config, processes)
+    if plot is not None:  # before anything is printed, for who reads it may leave
+        plot_work({layer.seen.in_words: layer.found for layer in planned.kinds}, plot)
     _say_mesh(planned, say)
     if (star := config.attention.star) is not None:
         say("star", star.in_words + (f"; {star.warning}" if star.warning else ""))
@@ -67,9 +69,6 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
             for line in by_rank(layer.found, planned.itemsize, _WIDTH):
                 report(line)
     if plot is not None:
-        from farspan.trainer.plan_plot import plot_work
-
-        plot_work([layer.found for layer in planned.kinds], plot)
         say("plot", str(plot))
 
 

@@ -16,11 +16,13 @@ Say = Callable[[str, str], None]
 
 def say_time(planned: Planned, say: Say) -> None:
     config, cluster, train = planned.config, planned.cluster, planned.config.train
-    if train.rows_per_step % (planned.degrees.data * train.micro_batch_rows):
+    at_once = planned.degrees.data * train.micro_batch_rows
+    if train.rows_per_step % at_once:
         say(
             "step",
-            f"cannot be divided: data {planned.degrees.data} x train.micro_batch_rows {train.micro_batch_rows} "
-            f"do not go into the {train.rows_per_step} rows of train.tokens_per_step",
+            f"no time predicted: data {planned.degrees.data} x train.micro_batch_rows {train.micro_batch_rows} do not "
+            f"divide the {train.rows_per_step} rows of a step; the nearest train.tokens_per_step that goes is "
+            f"{train.nearest_tokens_per_step(at_once)}",
         )
         return
     if train.dtype != "bf16":
@@ -42,7 +44,8 @@ def say_time(planned: Planned, say: Say) -> None:
     for layer, lines in timelines.items():
         say(
             "layer",
-            ("attention " if len(timelines) == 1 else f"attention to {layer.seen.in_words}: ")
+            ("attention" if len(timelines) == 1 else f"attention to {layer.seen.in_words}")
+            + " in rows of one document: "
             + ", ".join(
                 f"{direction} {1e3 * line.seconds:,.2f} ms ({1e3 * line.exposed_seconds:,.2f} waiting)"
                 for direction, line in lines.items()

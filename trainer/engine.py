@@ -103,7 +103,8 @@ class Engine:
 
     def load(self, directory: str) -> None:
         """Collective: what `save` wrote, on the same mesh and ZeRO stage."""
-        path, _ = self._engine.load_checkpoint(directory, tag="engine")
+        with redirect_stdout(io.StringIO()):  # the names of its own functions
+            path, _ = self._engine.load_checkpoint(directory, tag="engine")
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {directory}")
 

@@ -85,8 +85,19 @@ def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask])
     return NamedPlan(
         plan.name,
         f"parallel.plan auto is {plan.name}: attention of one layer, both directions, is expected to take {ranking} "
-        f"(cluster {config.cluster})",
+        f"(cluster {config.cluster}){_not_judged(config, order.world)}",
     )
+
+
+def _not_judged(config: RunConfig, world: int) -> str:
+    """The plans that another key lets be judged; all others that are missing cannot be made of these rows."""
+    missing = []
+    for name, key in (("hierarchical_ring", "parallel.inner"), ("usp", "parallel.ulysses")):
+        try:
+            config.parallel.topology.degrees(name, world)
+        except ValueError:
+            missing.append(f"{name} (set {key} to a divisor of {world})")
+    return f"; not judged: {', '.join(missing)}" if missing else ""
 
 
 def predict_attention(

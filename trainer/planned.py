@@ -14,6 +14,7 @@ from farspan.parallel.report import Report
 from farspan.parallel.verify import verify
 from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.first_rows import first_rows
 from farspan.trainer.plan_choice import build_plan, plan_names
 
@@ -50,7 +51,7 @@ class Planned:
 def plan_of(config: RunConfig, processes: int) -> tuple[Planned, list[str]]:
     """For rows of one document; with the reasons where `parallel.plan` is `auto`.
 
-    ConfigError for an impossible mesh.
+    ConfigError for an impossible mesh, or where the deepspeed section contradicts other keys.
     """
     parallel, train = config.parallel, config.train
     model = config.model
@@ -61,6 +62,7 @@ def plan_of(config: RunConfig, processes: int) -> tuple[Planned, list[str]]:
         degrees = Degrees.divide(processes, parallel.context, parallel.tensor)
     except MeshError as error:
         raise ConfigError(str(error)) from error
+    engine_config(config, degrees)
     arrangement = Arrangement(config, degrees.context)
     order = arrangement.order()
     first, words = first_rows(config, degrees.data) if parallel.plan == "auto" else ([], "")

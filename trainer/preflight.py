@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,8 @@ def check(config: RunConfig, processes: int) -> Preflight:
         raise ConfigError(str(error)) from error
     model = with_vocabulary(config, prepared)
     _check_rows(config, degrees)
-    _check_text(config, prepared)
+    for shortage in short_splits(config, prepared):
+        raise ConfigError(shortage)
     if torch.cuda.is_available():
         check_host_memory(config, degrees, check_devices(processes, "launch.processes"))
     elif config.parallel.sequence_parallel:
@@ -92,13 +94,15 @@ def with_vocabulary(config: RunConfig, prepared: Prepared) -> ModelConfig:
     return model
 
 
-def _check_text(config: RunConfig, prepared: Prepared) -> None:
+def short_splits(config: RunConfig, prepared: Prepared) -> Iterator[str]:
+    """What is wrong with splits that do not fill one row."""
     length = config.train.sequence_length
+    remedies = {"train": "prepare more text in data.sources", "heldout": "prepare with a larger data.heldout_fraction"}
     for split, tokens in prepared.tokens.items():
         if tokens < length:
-            raise ConfigError(
+            yield (
                 f"train.sequence_length is {length}, but the {split} split has only {tokens} tokens: lower "
-                "train.sequence_length, or prepare more text in data.sources"
+                f"train.sequence_length, or {remedies[split]}"
             )
 
 
@@ -109,7 +113,7 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
         raise ConfigError(
             f"train.tokens_per_step {train.tokens_per_step} is {train.rows_per_step} rows of train.sequence_length "
             f"{train.sequence_length}, which data {degrees.data} x train.micro_batch_rows {train.micro_batch_rows} do "
-            f"not divide; make train.tokens_per_step a multiple of {at_once * train.sequence_length}"
+            f"not divide; the nearest train.tokens_per_step that goes is {train.nearest_tokens_per_step(at_once)}"
         )
     arrangement = Arrangement(config, degrees.context)
     try:

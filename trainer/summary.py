@@ -90,14 +90,14 @@ def summarize(config: RunConfig, stopped_by: str | None, store: CheckpointStore,
     else:
         report(f"the run is complete: {newest.step} of {config.train.steps} steps")
     first, last = rows[0], rows[-1]
-    report(f"  first loss      {first['loss']:.4f}")
-    report(f"  last loss       {last['loss']:.4f}")
+    report(f"  first loss        {first['loss']:.4f}")
+    report(f"  last loss         {last['loss']:.4f}")
     evaluations = [row for row in rows if "eval_loss" in row]
     if evaluations:
-        report(f"  held-out loss   {evaluations[-1]['eval_loss']:.4f} (step {evaluations[-1]['step']})")
-    report(f"  tokens seen     {last['tokens']:,}")
-    report(f"  checkpoint      {newest.path}")
-    report(f"  curves          {_command('tensorboard')} --logdir {directory / 'tensorboard'}")
+        report(f"  held-out loss     {evaluations[-1]['eval_loss']:.4f} (step {evaluations[-1]['step']})")
+    report(f"  tokens with loss  {last['tokens']:,}")
+    report(f"  checkpoint        {newest.path}")
+    report(f"  curves            {_command('tensorboard')} --logdir {directory / 'tensorboard'}")
 
 
 def _command(name: str) -> str:

@@ -19,20 +19,22 @@ class FlashAttention4:
 
     def __init__(self, deterministic: bool) -> None:
         self.deterministic = deterministic
+        self.name = "flash_attn_4_deterministic" if deterministic else "flash_attn_4"
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.capability is None or problem.capability < (9, 0):
-            return "flash_attn_4 needs a GPU of compute capability 9.0 or newer"
+            return f"{self.name} needs a GPU of compute capability 9.0 or newer"
         if problem.dtype not in (torch.bfloat16, torch.float16):
-            return f"flash_attn_4 takes bf16 and fp16, got {problem.dtype}"
+            return f"{self.name} takes bf16 and fp16, got {problem.dtype}"
         dim, value_dim = problem.head_dim, problem.value_dim
         if dim != value_dim or dim % 8 or dim > 128:
-            return f"flash_attn_4 takes one head dim, a multiple of 8 up to 128, got {dim} and {value_dim}"
+            return f"{self.name} takes one head dim, a multiple of 8 up to 128, got {dim} and {value_dim}"
         if problem.sparse:
-            return "flash_attn_4 computes all that a mask shows, and a sparse index selects a part of it"
+            return f"{self.name} computes all that a mask shows, and a sparse index selects a part of it"
         if not problem.out_given:
-            return "flash_attn_4 computes delta itself and needs the global out, which rows that travel leave behind"
-        return _missing()
+            return f"{self.name} computes delta itself and needs the global out, which rows that travel leave behind"
+        missing = _missing()
+        return f"{self.name} {missing}" if missing else None
 
     def attend(self, call: ForwardCall) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
@@ -57,8 +59,8 @@ def _missing() -> str | None:
         import_module("flash_attn.cute.interface")
     except ModuleNotFoundError as error:
         if error.name in ("flash_attn", "flash_attn.cute"):
-            return "flash_attn_4 is not installed (pip install 'farspan[fa4]')"
-        return f"flash_attn_4 cannot be imported: {error}"
+            return "is not installed (pip install 'farspan[fa4]')"
+        return f"cannot be imported: {error}"
     except Exception as error:  # its libraries say in many ways that a part of them is missing
-        return f"flash_attn_4 cannot be imported: {str(error).splitlines()[0]}"
+        return f"cannot be imported: {str(error).splitlines()[0]}"
     return None

@@ -106,16 +106,16 @@ def test_two_preparations_of_the_same_are_the_same_files_with_any_number_of_proc
 @pytest.mark.parametrize(
     ("changes", "other"),
     [
-        ({"seed": 4}, "seed"),
-        ({"heldout_fraction": 0.3}, "heldout_fraction"),
-        ({"vocabulary_size": 700}, "tokenizer"),
+        ({"seed": 4}, "run.seed"),
+        ({"heldout_fraction": 0.3}, "data.heldout_fraction"),
+        ({"vocabulary_size": 700}, "data.vocabulary_size or data.tokenizer"),
     ],
 )
 def test_a_directory_with_other_settings_is_never_overwritten(
     texts: Path, prepared: Prepared, changes: dict[str, Any], other: str
 ) -> None:
     before = _contents(prepared.directory)
-    with pytest.raises(DataError, match=rf"{prepared.directory} .*other {other}.*remove it"):
+    with pytest.raises(DataError, match=rf"{prepared.directory} .*\(other {other}\): remove it"):
         _prepare(texts, prepared.directory, **changes)
     assert _contents(prepared.directory) == before
 
@@ -183,7 +183,7 @@ def test_of_two_preparations_at_once_one_wins_and_both_return(texts: Path, prepa
 
 def test_of_two_different_preparations_at_once_the_later_is_refused(texts: Path, tmp_path: Path) -> None:
     directory = tmp_path / "tokens"
-    with pytest.raises(DataError, match="other seed"):
+    with pytest.raises(DataError, match=r"other run\.seed"):
         _prepare(texts, directory, report=_meanwhile(lambda: _prepare(texts, directory, seed=4)))
     assert load_prepared(directory).tokens["train"] > 0
     assert list(tmp_path.iterdir()) == [directory]
@@ -197,10 +197,28 @@ def test_a_document_that_changes_meanwhile_is_refused(texts: Path, tmp_path: Pat
     assert not (tmp_path / "tokens").exists()
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 1 - 1e-9])
 def test_an_empty_split_is_refused(texts: Path, tmp_path: Path, fraction: float) -> None:
     with pytest.raises(DataError, match=r"data\.heldout_fraction"):
         _prepare(texts, tmp_path / "tokens", heldout_fraction=fraction)
+
+
+def test_of_few_documents_one_is_held_out(prepared: Prepared, tmp_path: Path) -> None:
+    """Where the draw keeps none it is the one that is nearest to the share asked for; of one document none can be."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, words in (("a", 4000), ("b", 300), ("c", 40)):
+        (folder / f"{name}.txt").write_text("word " * words)
+    held = {}
+    for fraction in (1e-9, 0.05):
+        few = _prepare(folder, tmp_path / str(fraction), tokenizer=prepared.tokenizer_path, heldout_fraction=fraction)
+        assert dict(few.documents) == {"train": 2, "heldout": 1}
+        held[fraction] = _names(folder, few, "heldout")
+    assert held == {1e-9: {"c.txt"}, 0.05: {"b.txt"}}
+    for name in "bc":
+        (folder / f"{name}.txt").unlink()
+    with pytest.raises(DataError, match=r"data\.sources has one document, a\.txt, and .*divide it into several files"):
+        _prepare(folder, tmp_path / "one", tokenizer=prepared.tokenizer_path)
 
 
 def test_text_that_is_not_utf8_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -85,7 +85,9 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             main([verb, "--help"])
         assert ended.value.code == 0
-        assert f"farspan {verb}" in capsys.readouterr().out
+        usage = " ".join(capsys.readouterr().out.split("\n\n")[0].split())
+        assert f"farspan {verb}" in usage
+        assert {"train": "[--resume {auto,never}]", "plan": "[--plot FILE.png]"}.get(verb, "") in usage
 
 
 @pytest.mark.parametrize("arguments", [[], ["tran"], ["train"], ["checkpoint"], ["train", "a", "--resume", "maybe"]])
@@ -202,6 +204,20 @@ def test_what_can_run_is_started(prepared: Path, launches: list[Any], capsys: py
 def test_prepare_again_has_nothing_to_do(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", str(prepared / "config.yaml")]) == 0
     assert capsys.readouterr().out.endswith("Nothing to do.\n")
+    assert main(["prepare", str(prepared / "config.yaml"), *LONG[-2:]]) == 0
+    warning = capsys.readouterr().out.split("Nothing to do.\n")[1]
+    assert warning.count("\n") == 2
+    assert re.search(r"warning: train.sequence_length is 524288, but the heldout split has only \d+ tokens: ", warning)
+
+
+def test_output_that_nobody_reads_any_more_is_no_error(prepared: Path) -> None:
+    """As behind `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "farspan.launch.command", "plan", str(prepared / "config.yaml")]
+    with os.fdopen(writing, "w") as nowhere:
+        done = subprocess.run(command, stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_prepare_without_its_sources(prepared: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,21 +352,39 @@ def test_plan_of_a_time_that_nobody_measured(prepared: Path, capsys: pytest.Capt
     assert "no time predicted: attention.backend reference was not measured on NVIDIA H200" in lines["step"]
 
 
-def test_plan_draws_or_says_what_is_missing(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_draws_or_says_what_is_missing(
+    prepared: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = prepared / "plan.png"
     arguments = ["plan", str(prepared / "config.yaml"), "--plot", str(picture)]
     if find_spec("matplotlib") is None:
         assert main(arguments) == 2
         assert capsys.readouterr() == ("", "farspan: --plot needs matplotlib: pip install 'farspan[plot]'\n")
         return
-    assert main(arguments) == 0
+    assert main([*arguments, "attention.window={width: 8, full_layers: [1]}"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert main([*arguments[:-1], str(prepared / "plan.nonsense")]) == 2
+    capsys.readouterr()
+    for path, words in (("plan.nonsense", "the name must end in one of "), ("no/plan.png", "there is no folder ")):
+        check_refused([*arguments[:-1], str(prepared / path)], words, prepared, launches, capsys)
 
 
 def test_plan_of_an_unknown_cluster(prepared: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", str(prepared / "config.yaml"), "cluster=h201"]
     check_refused(arguments, "there is no cluster 'h201'; did you mean 'h200'?", prepared, launches, capsys)
+
+
+def test_plan_refuses_what_train_refuses_of_the_deepspeed_section(
+    prepared: Path, launches: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(prepared / "config.yaml"), "deepspeed.zero_optimization.stage=3"]
+    words = "deepspeed.zero_optimization.stage is set by parallel.zero_stage"
+    check_refused(arguments, words, prepared, launches, capsys)
+
+
+def test_plan_of_rows_that_do_not_divide_names_the_nearest(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(prepared / "config.yaml"), "launch.processes=3"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "do not divide the 4 rows of a step; the nearest train.tokens_per_step that goes is 192 " in words
 
 
 def test_plan_refuses_an_impossible_mesh(
@@ -378,6 +412,7 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
         assert "device no GPU;" in " ".join(lines)
         assert "cudnn needs a GPU" in lines
         assert lines[-1] == "auto means reference here, for there is no GPU"
+        assert len(lines) == len(set(lines))
 
 
 def test_doctor_speaks_of_another_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,9 @@ def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path: Path, p
     assert "has checkpoints" in err
     out, _ = run.train("train.steps=2", "parallel.plan=all_gather")
     assert "changed since this run was last started: parallel.plan ring -> all_gather, train.steps 1 -> 2" in out
-    out, _ = run.train("train.steps=1")  # fewer than are done
+    _, err = run.train("train.steps=1", code=2)
+    assert "train.steps is 1, but the run is at step 2 (" in err
+    assert len(err.strip().splitlines()) == 1
     assert [row["step"] for row in run.rows()] == [1, 2]
 
 

@@ -109,7 +109,7 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
         (["parallel.order=zigzak"], "possible are contiguous, zigzag, striped"),
         (
             ["attention.backend=cuda"],
-            "attention.backend is 'cuda', did you mean 'cudnn'?; possible are auto, deterministic, reference, triton",
+            "attention.backend is 'cuda', did you mean 'cudnn'? possible are auto, deterministic, reference, triton",
         ),
         (["parallel.plan=single", "parallel.context=2"], "parallel.plan single keeps a sequence on one rank"),
         (["parallel.zero_stage=0"], "train.dtype bf16 needs parallel.zero_stage 1 or more"),
@@ -185,7 +185,21 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
         (["data.heldout_fraction=1"], "data.heldout_fraction is 1: input should be less than 1"),
         (["optimizer.learning_rate=0"], "optimizer.learning_rate is 0: input should be greater than 0"),
         (["optimizer.learning_rate=.nan"], "optimizer.learning_rate is nan: "),
-        (["train=3"], "train is 3: input should be a valid dictionary"),
+        (["train=3"], "train is 3: it must be a section, with keys of its own"),
+        (["train.steps=yes"], "train.steps is True: input should be a number"),
+        (["model.layers=no"], "model.layers is False: input should be a number"),
+        (["launch.processes=yes"], "launch.processes is True: input should be a number"),
+        (["parallel.inner=2"], "parallel.inner 2 does nothing with parallel.plan ring; leave it out, or set "),
+        (["parallel.inner=2"], "set parallel.plan to hierarchical_ring or usp"),
+        (
+            ["parallel={plan: hierarchical_ring, context: 2, inner: 2, ulysses: 2}"],
+            "parallel.ulysses 2 does nothing with parallel.plan hierarchical_ring; ",
+        ),
+        (["parallel.order=zzz"], "parallel.order is 'zzz'; possible are contiguous"),
+        (
+            ["attention.window.width=128"],
+            "attention.window.width 128 leaves every layer dense, for it is not less than train.sequence_length 128; ",
+        ),
         (["train.steps="], "train.steps is None: input should be a valid integer"),
         (["deepspeed=3"], "deepspeed is 3: input should be a valid dictionary"),
     ],
@@ -281,7 +295,9 @@ def test_the_resolved_configuration_reads_back_as_the_same(path: Path, tmp_path:
         "optimizer.betas=[0.85, 0.99]",
         "optimizer.epsilon=1e-15",
         "optimizer.schedule=wsd",
-        "attention.window={width: 32, full_layers: [1]}",
+        "attention.window={width: 127, full_layers: [1]}",
+        "parallel.plan=auto",
+        "parallel.inner=2",
         "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}, wall_clock_breakdown: false}",
     ]
     for number, overrides in enumerate(([], elsewhere, ["deepspeed=extra.json"], ["model.vocabulary_size=null"])):

@@ -45,6 +45,12 @@ def test_the_choice_is_a_plan_and_says_why() -> None:
     assert " ms" in reason
     assert "single" not in reason
     assert plan_name(config, order, lambda: mask) == (name, reason)
+    divisor = "to a divisor of 4)"
+    missing = f"not judged: hierarchical_ring (set parallel.inner {divisor}, usp (set parallel.ulysses {divisor}"
+    assert reason.endswith(f"; {missing}")
+    _, reason = plan_name(_config(4, parallel={"inner": 2, "ulysses": 2}), order, lambda: mask)
+    assert "not judged" not in str(reason)
+    assert {"hierarchical_ring", "usp"} < _milliseconds(reason).keys()
 
 
 def test_nothing_is_predicted_that_nobody_asked_for() -> None:

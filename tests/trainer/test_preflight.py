@@ -77,10 +77,10 @@ def test_an_impossible_mesh(config_file: Path) -> None:
 def test_rows_that_do_not_divide(config_file: Path) -> None:
     message = refusal(config_file, 5)
     assert message.startswith("train.tokens_per_step 768 is 12 rows of train.sequence_length 64, which data 5 x ")
-    assert message.endswith("make train.tokens_per_step a multiple of 320")
+    assert message.endswith("; the nearest train.tokens_per_step that goes is 640")
     message = refusal(config_file, 4, "train.micro_batch_rows=2", "parallel.context=2", "train.tokens_per_step=640")
     assert "data 2 x train.micro_batch_rows 2 do not divide" in message
-    assert message.endswith("make train.tokens_per_step a multiple of 256")
+    assert message.endswith("; the nearest train.tokens_per_step that goes is 512")
 
 
 def test_star_attention_for_answers_needs_data_that_has_them(config_file: Path) -> None:
@@ -157,3 +157,4 @@ def test_too_little_text_for_one_row(config_file: Path) -> None:
         message = refusal(config_file, 1, f"train.sequence_length={length}", f"train.tokens_per_step={length}")
         assert f"train.sequence_length is {length}, but the " in message
         assert "split has only" in message
+        assert ("data.heldout_fraction" in message) == (split == "heldout")

@@ -51,7 +51,8 @@ class RunState:
         return self.store.save(trainer.step, write, state, trainer.mesh.control)
 
     def check(self, found: Found) -> None:
-        """ConfigError when the checkpoint is of another layout, model or order of samples."""
+        """ConfigError when the checkpoint is of another layout, model or order of samples, or of a later step than
+        the last one."""
         saved = _by_key(found.state["identity"])
         changes = [
             f"{key} was {saved.get(key)} and is {now}"
@@ -62,6 +63,11 @@ class RunState:
             raise ConfigError(
                 f"{found.path} cannot be resumed with this configuration: {'; '.join(changes)}; "
                 "change that back, or choose another run.dir"
+            )
+        if found.step > self.config.train.steps:
+            raise ConfigError(
+                f"train.steps is {self.config.train.steps}, but the run is at step {found.step} ({found.path}); raise "
+                "it, or choose another run.dir"
             )
 
     def resume(self, trainer: Trainer, found: Found) -> None:
