@@ -8,9 +8,10 @@ from farspan.data.batch import Batch, make_batch
 from farspan.data.rows import Row, blank_row
 from farspan.data.visibility import Star, Visibility, Window
 from farspan.kernels import IntervalMask
+from farspan.kernels.index import Places
 from farspan.parallel import orders
 from farspan.parallel.orders import Order
-from farspan.trainer.config import RunConfig
+from farspan.trainer.config import ConfigError, RunConfig
 
 _TILE = 128  # tokens; kernels compute whole tiles
 
@@ -62,3 +63,14 @@ def layer_visibilities(config: RunConfig) -> tuple[Visibility, ...]:
         return (whole,) * len(layers)
     narrow = Visibility(across, window=Window(window.width, window.sinks))
     return tuple(whole if layer in window.full_layers else narrow for layer in layers)
+
+
+def check_tiles(config: RunConfig, order: Order) -> None:
+    """ConfigError where sparse attention cannot select: an order whose tiles are not consecutive tokens."""
+    if config.attention.sparse is None:
+        return
+    try:
+        for positions in order.positions:
+            Places.of(positions, positions)
+    except ValueError as error:
+        raise ConfigError(f"attention.sparse with parallel.order {order.name}: {error}") from error

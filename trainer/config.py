@@ -213,6 +213,11 @@ class SparseSection(_Section):
     report_every: int = Field(20, gt=0)
     """Steps between reports of the selections' balance over ranks."""
 
+    def layers(self, count: int, window: WindowSection | None) -> list[int]:
+        """Those of so many layers that select: all without a window but `dense_layers`."""
+        full = range(count) if window is None else window.full_layers
+        return sorted(set(full) - set(self.dense_layers))
+
     @property
     def settings(self) -> VerticalSlash:
         return VerticalSlash(**{field.name: getattr(self, field.name) for field in fields(VerticalSlash)})
@@ -423,8 +428,7 @@ class RunConfig(_Section):
                 f"attention.sparse.dense_layers {sparse.dense_layers} must be different layers from 0 to {layers - 1} "
                 "(model.layers)"
             )
-        full = set(range(layers) if self.attention.window is None else self.attention.window.full_layers)
-        if not full - set(sparse.dense_layers):
+        if not sparse.layers(layers, self.attention.window):
             raise ValueError(
                 "attention.sparse.dense_layers and attention.window leave no layer for attention.sparse; name fewer, "
                 "or leave out attention.sparse"

@@ -49,6 +49,13 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
     _say_mesh(planned, say)
     if (star := config.attention.star) is not None:
         say("star", star.in_words + (f"; {star.warning}" if star.warning else ""))
+    if (sparse := config.attention.sparse) is not None:
+        layers = len(sparse.layers(config.model.layers, config.attention.window))
+        say(
+            "sparse",
+            f"{layers} of {config.model.layers} layers select what they compute, for a mass of {sparse.mass:g}; work and times "
+            "below are those of dense attention, for what is selected is known in training only (sparse_density)",
+        )
     for reason in reasons:
         say("choice", reason)
     for layer, count in planned.kinds.items():

@@ -12,7 +12,7 @@ from farspan.parallel.orders import Order
 from farspan.parallel.plan import Plan
 from farspan.parallel.report import Report
 from farspan.parallel.verify import verify
-from farspan.trainer.arrangement import Arrangement
+from farspan.trainer.arrangement import Arrangement, check_tiles
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.first_rows import first_rows
@@ -65,6 +65,7 @@ def plan_of(config: RunConfig, processes: int) -> tuple[Planned, list[str]]:
     engine_config(config, degrees)
     arrangement = Arrangement(config, degrees.context)
     order = arrangement.order()
+    check_tiles(config, order)
     first, words = first_rows(config, degrees.data) if parallel.plan == "auto" else ([], "")
     named = plan_names(config, arrangement, first)
     made: dict[Visibility, LayerPlan] = {}

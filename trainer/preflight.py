@@ -11,11 +11,10 @@ import torch
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
 from farspan.kernels.choice import check_backend
-from farspan.kernels.index import Places
 from farspan.kernels.problem import capability
 from farspan.models.config import ModelConfig
 from farspan.parallel.degrees import Degrees, MeshError
-from farspan.trainer.arrangement import Arrangement
+from farspan.trainer.arrangement import Arrangement, check_tiles
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.describe_backends import attention_problem
@@ -120,12 +119,7 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
         order, _ = arrangement.order(), arrangement.masks()
     except DataError as error:
         raise ConfigError(str(error)) from error
-    if config.attention.sparse is not None:
-        try:
-            for positions in order.positions:
-                Places.of(positions, positions)
-        except ValueError as error:
-            raise ConfigError(f"attention.sparse with parallel.order {order.name}: {error}") from error
+    check_tiles(config, order)
     if config.parallel.sequence_parallel and order.slots * train.micro_batch_rows % degrees.tensor:
         raise ConfigError(
             f"parallel.sequence_parallel divides a context rank's {order.slots * train.micro_batch_rows} tokens by "

@@ -41,11 +41,10 @@ class SparseAttention:
     """Selects for the layers of one rank. `begin` says what comes next: a step of training, or an evaluation."""
 
     def __init__(self, config: RunConfig, tensor_rank: int = 0) -> None:
-        settings, window = config.attention.sparse, config.attention.window
+        settings = config.attention.sparse
         assert settings is not None
         self.settings, self.seed, self.length = settings, config.run.seed, config.train.sequence_length
-        full = range(config.model.layers) if window is None else window.full_layers
-        self.layers = sorted(set(full) - set(settings.dense_layers))
+        self.layers = settings.layers(config.model.layers, config.attention.window)
         self.budgets = None
         if settings.budgets is not None:
             self.budgets = Budgets.read(settings.budgets, config.model.layers, config.model.heads)
