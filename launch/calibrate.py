@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farspan.launch.worker import carry_out
+from farspan.launch.worker import at_least_one, carry_out_request
 
 if TYPE_CHECKING:
     from farspan.trainer.calibrate import Request
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
     parser.add_argument("--output", type=Path, default=Path("budgets.yaml"), metavar="FILE", help="(budgets.yaml)")
-    parser.add_argument("--rows", type=_at_least_one, default=8, help="held-out rows that are read (8)")
+    parser.add_argument("--rows", type=at_least_one, default=8, help="held-out rows that are read (8)")
     parser.add_argument("--quantile", type=_share, default=0.9, help="share of the rows that budgets suffice for (0.9)")
 
 
@@ -33,30 +33,15 @@ def words_of(options: argparse.Namespace) -> list[str]:
     return [*words, f"--rows={options.rows}", f"--quantile={options.quantile}"]
 
 
-def carry_out_request(options: argparse.Namespace, parent: int | None) -> int:
-    def work() -> None:
-        from farspan.trainer.calibrate import run
+def work(options: argparse.Namespace) -> None:
+    from farspan.trainer.calibrate import run
 
-        run(request_of(options))
-
-    return carry_out(work, parent)
+    run(request_of(options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads as one rank. Errors of the user's are one line and exit code 2; others carry their traceback."""
-    parser = argparse.ArgumentParser(prog="python -m farspan.launch.calibrate")
-    add_arguments(parser)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--parent", type=int, help="process id of the launcher, without which this process ends")
-    options = parser.parse_args(arguments)
-    return carry_out_request(options, options.parent)
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"it must be 1 or more, not {number}")
-    return number
+    """Errors of the user's are one line and exit code 2; others carry their traceback."""
+    return carry_out_request("farspan.launch.calibrate", add_arguments, work, arguments)
 
 
 def _share(text: str) -> float:

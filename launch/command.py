@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from farspan.launch.worker import USER_ERROR
+from farspan.launch.worker import USER_ERROR, carry_out
 
 if TYPE_CHECKING:
     from farspan.trainer.config import RunConfig
@@ -88,7 +88,7 @@ def generate(options: argparse.Namespace) -> int:
     from farspan.trainer.generate import check
 
     if _is_worker():
-        return worker.carry_out_request(options, None)
+        return carry_out(lambda: worker.work(options), None)
     ready = check(worker.request_of(options))
     return _run_workers(worker, options, ready.config, ready.degrees.world)
 
@@ -99,7 +99,7 @@ def calibrate(options: argparse.Namespace) -> int:
     from farspan.trainer.calibrate import check
 
     if _is_worker():
-        return worker.carry_out_request(options, None)
+        return carry_out(lambda: worker.work(options), None)
     config, degrees = check(worker.request_of(options))
     return _run_workers(worker, options, config, degrees.world)
 

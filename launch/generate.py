@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farspan.launch.worker import carry_out
+from farspan.launch.worker import at_least_one, carry_out_request
 
 if TYPE_CHECKING:
     from farspan.trainer.generate import Request
@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
     parser.add_argument("--prompt-file", type=Path, required=True, metavar="FILE", help="the long text, in UTF-8")
     parser.add_argument("--question", default="", metavar="TEXT", help="what follows the text, and sees all of it")
-    parser.add_argument("--tokens", type=_at_least_one, default=64, help="longest answer in tokens (64)")
+    parser.add_argument("--tokens", type=at_least_one, default=64, help="longest answer in tokens (64)")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 (default) for the likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
     parser.add_argument(
         "--star-block",
-        type=_at_least_one,
+        type=at_least_one,
         metavar="TOKENS",
         help="read the text with Star Attention in blocks of so many tokens (default: as in training)",
     )
@@ -58,30 +58,15 @@ def words_of(options: argparse.Namespace) -> list[str]:
     return [*words, "--replicate-anchor"] if options.replicate_anchor else words
 
 
-def carry_out_request(options: argparse.Namespace, parent: int | None) -> int:
-    def work() -> None:
-        from farspan.trainer.generate import run
+def work(options: argparse.Namespace) -> None:
+    from farspan.trainer.generate import run
 
-        run(request_of(options))
-
-    return carry_out(work, parent)
+    run(request_of(options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answers as one rank. Errors of the user's are one line and exit code 2; others carry their traceback."""
-    parser = argparse.ArgumentParser(prog="python -m farspan.launch.generate")
-    add_arguments(parser)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--parent", type=int, help="process id of the launcher, without which this process ends")
-    options = parser.parse_args(arguments)
-    return carry_out_request(options, options.parent)
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"it must be 1 or more, not {number}")
-    return number
+    """Errors of the user's are one line and exit code 2; others carry their traceback."""
+    return carry_out_request("farspan.launch.generate", add_arguments, work, arguments)
 
 
 def _not_negative(text: str) -> float:

@@ -31,6 +31,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return carry_out(work, options.parent)
 
 
+def carry_out_request(
+    prog: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    work: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """A verb on a run's folder, as one rank: the request is on the command line, with overrides."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}")
+    add_arguments(parser)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--parent", type=int, help="process id of the launcher, without which this process ends")
+    options = parser.parse_args(arguments)
+    return carry_out(lambda: work(options), options.parent)
+
+
+def at_least_one(text: str) -> int:
+    """The type of an argument."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"it must be 1 or more, not {number}")
+    return number
+
+
 def carry_out(work: Callable[[], None], parent: int | None) -> int:
     """The life of a worker: `work` imports what it needs by itself, and later than this module."""
     end_with_parent(parent)
