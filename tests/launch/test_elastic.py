@@ -150,7 +150,15 @@ def test_interrupt_of_the_whole_terminal_lets_the_workers_save(tmp_path):
     assert errors.count("\n") == 1
 
 
-def test_terminal_that_is_closed_lets_the_workers_save(tmp_path):
+@pytest.fixture
+def default_hangup():
+    """Also where the tests run under nohup, whose children ignore the signal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_terminal_that_is_closed_lets_the_workers_save(tmp_path, default_hangup):
     with launcher(tmp_path, 30, "stopping", "0.5") as process:
         wait_until(lambda: workers_ready(tmp_path))
         assert process.stdout is not None
