@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from farspan.kernels.index import VerticalSlashIndex
@@ -18,22 +20,29 @@ def work(index: VerticalSlashIndex, order: Order, row: int = 0) -> np.ndarray:
     rank r and block k of rank r - s lie on diagonal q - k = s mod world. So at stage s every rank works on the same
     diagonals, those of one residue class, and on each of them the ranks' tiles differ by at most one.
     """
-    owner = _owners(order, index.block)
-    blocks = len(owner)
+    owner, block = _owners(order, index.block), index.block
+    blocks, world = len(owner), order.world
     diagonals = index.diagonals[row].cpu().numpy()
     columns = index.columns[row].cpu().numpy()
-    found = np.zeros((len(diagonals), order.world * order.world), np.int64)
+    # Products of counts below 2^53, which fp64 has exactly.
+    found = block**2 * (diagonals.astype(np.float64) @ _tiles_of_diagonals(order, block)).reshape(-1, world, world)
+    holds = np.fft.rfft(owner == np.arange(world)[:, None], 2 * blocks)  # of each rank, which blocks it has
     for head, (selected, listed) in enumerate(zip(diagonals, columns)):
-        for distance in np.flatnonzero(selected):
-            pair = owner[distance:] * order.world + owner[: blocks - distance]
-            found[head] += index.block**2 * np.bincount(pair, minlength=order.world**2)
-        at, count = np.unique(listed[listed < index.length] // index.block, return_counts=True)
-        for block, many in zip(at, count):
-            pair = owner[block:][~selected[: blocks - block]] * order.world + owner[block]
-            found[head] += index.block * many * np.bincount(pair, minlength=order.world**2)
-    ranks = np.arange(order.world)
-    by_source = found.reshape(-1, order.world, order.world)
-    return np.stack([by_source[:, ranks, (ranks - stage) % order.world] for stage in ranks], -1)
+        of_block = np.bincount(listed[listed < index.length] // block, minlength=blocks)
+        # [rank, block]: the rank's row blocks at or behind a block of keys whose tile is not selected; a correlation.
+        behind = np.fft.irfft(holds * np.fft.rfft(~selected, 2 * blocks).conj(), 2 * blocks)[:, :blocks].round()
+        for source in range(world):
+            found[head, :, source] += block * (behind * (of_block * (owner == source))).sum(1)
+    ranks = np.arange(world)
+    return np.stack([found[:, ranks, (ranks - stage) % world] for stage in ranks], -1).astype(np.int64)
+
+
+@lru_cache(4)
+def _tiles_of_diagonals(order: Order, block: int) -> np.ndarray:
+    """fp64 `[blocks, world x world]`: of each diagonal the tiles of every rank's rows and every rank's keys."""
+    owner = _owners(order, block)
+    pairs = (owner[distance:] * order.world + owner[: len(owner) - distance] for distance in range(len(owner)))
+    return np.stack([np.bincount(pair, minlength=order.world**2) for pair in pairs]).astype(np.float64)
 
 
 def _owners(order: Order, block: int) -> np.ndarray:

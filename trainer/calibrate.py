@@ -15,10 +15,12 @@ from torch import Tensor
 
 from farspan.data.prepared import load_prepared
 from farspan.kernels.index import VerticalSlashIndex
+from farspan.kernels.tiles import TILE
 from farspan.models.config import ModelConfig
 from farspan.models.decoder import Decoder
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
+from farspan.trainer.arrangement import Arrangement, check_tiles
 from farspan.trainer.budgets import Budgets
 from farspan.trainer.checkpoint.weights import newest_decoder
 from farspan.trainer.config import ConfigError, RunConfig, load_config
@@ -43,7 +45,7 @@ def check(request: Request) -> tuple[RunConfig, Degrees]:
     file = request.run / "config.yaml"
     if not file.exists():
         raise ConfigError(f"{request.run} is no run directory: it has no config.yaml")
-    config = load_config(file, request.overrides)
+    config = load_config(file, [*request.overrides, f"eval.rows={request.rows}"])
     if config.attention.sparse is None:
         raise ConfigError(
             "there is nothing to calibrate: give the mass that heads are to cover, such as attention.sparse.mass=0.9"
@@ -53,6 +55,7 @@ def check(request: Request) -> tuple[RunConfig, Degrees]:
     if not request.output.parent.is_dir():
         raise ConfigError(f"--output {request.output}: there is no folder {request.output.parent}")
     degrees = Degrees(1, config.parallel.context, config.parallel.tensor)
+    check_tiles(config, Arrangement(config, degrees.context).order())
     check_devices(degrees.world, "parallel.context")
     return config, degrees
 
@@ -101,7 +104,9 @@ def _measure(
 
     sparse.watch = note
     sparse.begin(0, training=False)
-    batches = feed.heldout_batches()[: request.rows]
+    batches = feed.heldout_batches()
+    if len(batches) < request.rows:
+        say(f"held-out text has {len(batches)} rows, and --rows asked for {request.rows}")
     with torch.no_grad():
         for number, batch in enumerate(batches, start=1):
             decoder(feed.decoder_input(batch))
@@ -113,7 +118,7 @@ def _measure(
         parts = [torch.empty_like(mine) for _ in range(mesh.degrees.tensor)]
         dist.all_gather(parts, mine, group=mesh.tensor)
         columns[layer], diagonals[layer] = torch.cat(parts, 1).tolist()
-        blocks = -(-config.train.sequence_length // 128)
+        blocks = -(-config.train.sequence_length // TILE)
         say(
             f"layer {layer}: columns {min(columns[layer])} to {max(columns[layer])}, diagonals {min(diagonals[layer])} "
             f"to {max(diagonals[layer])} of {blocks}"

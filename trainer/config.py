@@ -205,7 +205,7 @@ class SparseSection(_Section):
     dense_layers: list[Annotated[int, Field(ge=0)]] = []
     """Layers, from 0, whose attention stays dense."""
     dense_steps: int = Field(0, ge=0)
-    """The run's first steps, which train with dense attention."""
+    """The run's first steps, which train with dense attention; evaluation goes by `evaluate` from the first one on."""
     train: bool = True
     """Whether training selects; if not, evaluation alone does."""
     evaluate: bool = True

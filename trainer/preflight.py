@@ -15,6 +15,7 @@ from farspan.kernels.problem import capability
 from farspan.models.config import ModelConfig
 from farspan.parallel.degrees import Degrees, MeshError
 from farspan.trainer.arrangement import Arrangement, check_tiles
+from farspan.trainer.budgets import Budgets
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.describe_backends import attention_problem
@@ -120,6 +121,8 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
     except DataError as error:
         raise ConfigError(str(error)) from error
     check_tiles(config, order)
+    if config.attention.sparse is not None and config.attention.sparse.budgets is not None:
+        Budgets.read(config.attention.sparse.budgets, config)
     if config.parallel.sequence_parallel and order.slots * train.micro_batch_rows % degrees.tensor:
         raise ConfigError(
             f"parallel.sequence_parallel divides a context rank's {order.slots * train.micro_batch_rows} tokens by "

@@ -22,9 +22,13 @@ _RECALL_ROWS = 64
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """A layer's selection at a step. `recall` `[B, H, rows]` is set at steps that are reported, of rows at random."""
+    """A layer's selection at a step, estimated then or before (`attention.sparse.refresh`).
+
+    `recall` `[B, H, rows]`, of rows at random, is set at steps that are reported.
+    """
 
     step: int
+    estimated: int
     index: VerticalSlashIndex
     recall: Tensor | None
 
@@ -47,7 +51,7 @@ class SparseAttention:
         self.layers = settings.layers(config.model.layers, config.attention.window)
         self.budgets = None
         if settings.budgets is not None:
-            self.budgets = Budgets.read(settings.budgets, config.model.layers, config.model.heads)
+            self.budgets = Budgets.read(settings.budgets, config)
         self.tensor_rank = tensor_rank
         self.newest: dict[int, Selected] = {}
         self.step, self.training = 0, True
@@ -86,18 +90,20 @@ class SparseAttention:
 
     def _selector(self, layer: int, sight: Sight) -> Selector:
         def select(q: Tensor, k: Tensor) -> VerticalSlashIndex | None:
-            if not self.active:
-                return None
             if self.watch is not None:
                 self.watch(layer, sight.estimator(q, k)[0])
                 return None
+            if not self.active:
+                return None
             refresh, kept = self.settings.refresh, self.newest.get(layer)
-            if self.training and refresh > 1 and kept is not None and kept.step // refresh == self.step // refresh:
-                return kept.index
-            index, _ = sight.estimator(q, k, budgets=self._budgets(layer, q))
+            if self.training and refresh > 1 and kept and kept.estimated // refresh == self.step // refresh:
+                index, estimated = kept.index, kept.estimated
+            else:
+                index, _ = sight.estimator(q, k, budgets=self._budgets(layer, q))
+                estimated = self.step
             if self.training:
                 recall = None if sight.recall is None else sight.recall(q, k, index)
-                self.newest[layer] = Selected(self.step, index, recall)
+                self.newest[layer] = Selected(self.step, estimated, index, recall)
             return index
 
         return select

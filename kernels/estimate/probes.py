@@ -68,7 +68,7 @@ def probe_positions(mask: IntervalMask, settings: VerticalSlash) -> np.ndarray:
     """
     length, segments = mask.rows, settings.segments
     ends = {length * (i + 1) // segments: 0 for i in range(segments) if length * (i + 1) // segments}
-    starts_by_end = [{**_documents(mask, b, settings.documents), **ends} for b in range(mask.batch)]
+    starts_by_end = [{**ends, **_documents(mask, b, settings.documents)} for b in range(mask.batch)]
     sets = max(map(len, starts_by_end))
     positions = np.full((mask.batch, sets, settings.probes), length)
     for b, starts in enumerate(starts_by_end):

@@ -24,7 +24,7 @@ class Sparseness:
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         step = record.step - 1
         found = {layer: selected for layer, selected in self.sparse.newest.items() if selected.step == step}
-        if not found:
+        if not found or trainer.mesh.data_rank or trainer.mesh.context_rank:  # the others selected the same, or alike
             return
         tensor = trainer.mesh.tensor
         density = _of_all_heads(torch.stack([selected.index.density()[0] for selected in found.values()]), tensor)
