@@ -53,8 +53,8 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
         layers = len(sparse.layers(config.model.layers, config.attention.window))
         say(
             "sparse",
-            f"{layers} of {config.model.layers} layers select what they compute; work and times below are those of dense "
-            "attention, for what is selected is known only when it runs (sparse_density)",
+            f"{layers} of {config.model.layers} layers select what they compute; work and times below are those of "
+            "dense attention, for what is selected is known only when it runs (sparse_density)",
         )
     for reason in reasons:
         say("choice", reason)
