@@ -24,9 +24,6 @@ class Index(Protocol):
     def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
         """The part of one piece, for the query heads of the half-open range; of all heads when None."""
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that it consists of: what is saved from the forward to the backward pass."""
-
 
 @dataclass(frozen=True, eq=False)
 class Places:
@@ -107,9 +104,6 @@ class VerticalSlashIndex:
                 f"{tuple(self.diagonals.shape)} {self.diagonals.dtype}"
             )
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        return self.diagonals, self.columns
-
     def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
         first, last = heads or (0, self.diagonals.shape[1])
         diagonals, columns = self.diagonals[:, first:last], self.columns[:, first:last].contiguous()
@@ -148,9 +142,6 @@ class BlockIndex:
     tiles: Tensor
     length: int
     block: int = TILE
-
-    def tensors(self) -> tuple[Tensor]:
-        return (self.tiles,)
 
     def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
         first, last = heads or (0, self.tiles.shape[1])

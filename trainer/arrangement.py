@@ -9,11 +9,10 @@ from farspan.data.rows import Row, blank_row
 from farspan.data.visibility import Star, Visibility, Window
 from farspan.kernels import IntervalMask
 from farspan.kernels.index import Places
+from farspan.kernels.tiles import TILE
 from farspan.parallel import orders
 from farspan.parallel.orders import Order
 from farspan.trainer.config import ConfigError, RunConfig
-
-_TILE = 128  # tokens; kernels compute whole tiles
 
 
 class Arrangement:
@@ -39,7 +38,7 @@ class Arrangement:
         assert star is not None
         # Cut between blocks, no rank needs keys of another's block; but ranks with unequal shares would wait.
         even = (len(roaming) - roaming.sum()) % (self._context * star.block) == 0
-        return orders.two_class(roaming, self._context, star.block if even else _TILE)
+        return orders.two_class(roaming, self._context, star.block if even else TILE)
 
     def masks(self, rows: Sequence[Row] = ()) -> dict[Visibility, IntervalMask]:
         """Likewise, one for each way in which some layers see. DataError where Star Attention cannot tell a document's

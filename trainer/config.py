@@ -433,6 +433,11 @@ class RunConfig(_Section):
                 "attention.sparse.dense_layers and attention.window leave no layer for attention.sparse; name fewer, "
                 "or leave out attention.sparse"
             )
+        if sparse.dense_steps and self.memory.keep_layers == "auto":
+            raise ValueError(
+                "memory.keep_layers auto measures the first steps, and attention.sparse.dense_steps makes these unlike "
+                "the later ones; set memory.keep_layers to a number"
+            )
         if not (sparse.train or sparse.evaluate):
             raise ValueError(
                 "attention.sparse.train and attention.sparse.evaluate are false, so that nothing is sparse; set one to "

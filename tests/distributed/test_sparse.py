@@ -62,7 +62,7 @@ def other_index_backward(rank: int, world: int) -> tuple[float, float]:
     for backward_index in (case.index, other.index):
         q, k, v, dout = (order.shard(x, rank) for x in whole)
         local = [x.requires_grad_() for x in (q, k, v)]
-        index = VerticalSlashIndex(*(x.clone() for x in case.index.tensors()), length, BLOCK)
+        index = VerticalSlashIndex(case.index.diagonals.clone(), case.index.columns, length, BLOCK)
         out, _ = attention(*local, prepared, torch.distributed.group.WORLD, index=index)
         index.diagonals.copy_(backward_index.diagonals)
         out.backward(dout)

@@ -162,6 +162,7 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
             ["model.layers=2", "attention.sparse.dense_layers=[0]", "attention.window={width: 8, full_layers: [0]}"],
             "leave no layer for attention.sparse",
         ),
+        (["attention.sparse.dense_steps=3", "memory.keep_layers=auto"], "set memory.keep_layers to a number"),
         (
             ["attention.sparse={train: false, evaluate: false}"],
             "attention.sparse.train and attention.sparse.evaluate are false, so that nothing is sparse",
