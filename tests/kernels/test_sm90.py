@@ -25,8 +25,9 @@ def test_kernels_compile_for_hopper_and_keep_the_matrix_units_busy(dim: int) -> 
         print(report)
         # A block has 227 KiB of shared memory.
         assert report["shared_bytes"] <= 227 * 1024, report
-        # Warpgroup products, issued without waiting for one another: ptxas says so when it has to serialize them.
-        assert report["products"] >= 8, report
+        # Warpgroup products, of 16 along the head dim, issued without waiting for one another: ptxas says so when it
+        # has to serialize them. Estimation has one product, attention several.
+        assert report["products"] >= (dim // 16 if report["kernel"].startswith("estimate") else 8), report
         assert not report["serialized"], report
         # Registers that do not fit go through memory. In the backward kernels for Hopper a word or two do, around the
         # loops, in the forward ones and the portable dkdv some where tiles are tested, for that is seldom.
