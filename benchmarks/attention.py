@@ -64,7 +64,7 @@ def measure(case: Case, names: list[str], backward: bool, profile: bool) -> list
     for name in passes:
         for peer, _ in running:
             getattr(peer, name)()  # with caches as every later run finds them
-        times = [[milliseconds(getattr(peer, name), case) for peer, _ in running] for _ in range(_ROUNDS)]
+        times = [[milliseconds(getattr(peer, name), case.q.is_cuda) for peer, _ in running] for _ in range(_ROUNDS)]
         for (_, result), rounds in zip(running, zip(*times)):
             result[f"{name}_ms"] = statistics.median(rounds)
     add_rates(case, [result for _, result in running], passes)
@@ -95,8 +95,8 @@ def start(name: str, case: Case, right: Answer, backward: bool) -> tuple[Peer | 
     return None, {"peer": name, "status": status}
 
 
-def milliseconds(run: Callable[[], Any], case: Case) -> float:
-    if not case.q.is_cuda:
+def milliseconds(run: Callable[[], Any], cuda: bool) -> float:
+    if not cuda:
         begin = time.perf_counter()
         run()
         return (time.perf_counter() - begin) * 1e3

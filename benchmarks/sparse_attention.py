@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from attention import milliseconds
 from torch import Tensor
 
 from farspan.kernels import IntervalMask, attend, attend_backward, masks
@@ -30,7 +30,6 @@ from farspan.parallel import orders
 from farspan.parallel.estimate import Estimator
 
 _ROUNDS = 3
-_LONG_MS = 30
 Pass = Callable[[], Any]
 
 
@@ -59,7 +58,7 @@ def main() -> None:
             for backend in ("cudnn", "triton") if device.type == "cuda" else ("reference",):
                 dense[backend] = measured(*inputs.dense(backend))
                 print(f"{length:,} tokens, dense {backend}: {in_words(dense[backend])}", flush=True)
-        estimate_ms = milliseconds(inputs.estimation())
+        estimate_ms = median_ms(inputs.estimation())
         for density in options.densities:
             row = sparse_row(inputs, density, options.columns, options.flex) | {"index_ms": estimate_ms}
             both = row["forward_ms"] + row["backward_ms"] + estimate_ms
@@ -175,30 +174,14 @@ def sparse_row(inputs: Inputs, density: float, columns: int, flex: bool) -> dict
 
 
 def measured(forward: Pass, backward: Pass) -> dict[str, float]:
-    return {"forward_ms": milliseconds(forward), "backward_ms": milliseconds(backward)}
+    return {"forward_ms": median_ms(forward), "backward_ms": median_ms(backward)}
 
 
-def milliseconds(run: Pass) -> float:
-    """Median of some runs behind a first one."""
+def median_ms(run: Pass) -> float:
+    """Of some rounds behind a first run, which finds no caches."""
     run()
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        run()
-        return (time.perf_counter() - begin) * 1e3
-    from triton.testing import do_bench
-
-    def once() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-    first = once()
-    if first > _LONG_MS:
-        return statistics.median([first, *(once() for _ in range(_ROUNDS - 1))])
-    return float(do_bench(run, warmup=25, rep=100, return_mode="median"))
+    cuda = torch.cuda.is_available()
+    return statistics.median(milliseconds(run, cuda) for _ in range(_ROUNDS if cuda else 1))
 
 
 def in_words(times: dict[str, float]) -> str:

@@ -111,18 +111,12 @@ class VerticalSlashIndex:
         # Blocks of padding lie behind the last one.
         inside = (distance >= 0) & (distance < diagonals.shape[2])
         tiles = diagonals[:, :, torch.where(inside, distance, 0)] & inside
-        slot = torch.searchsorted(places.k_positions, columns)
-        here = slot < places.keys
-        here &= places.k_positions[torch.where(here, slot, 0)] == columns
-        slots = torch.where(here, slot, places.keys).int()
+        slots = slots_of(columns, places.k_positions).int()
         return Selection(tiles, slots.sort(-1).values, self.block)
 
     def to_dense(self) -> Tensor:
         """Bool `[B, H, length, length]`: what is computed under a causal mask."""
-        positions = np.arange(self.length)
-        selected = self.at(Places.of(positions, positions, self.block, self.diagonals.device))
-        whole = slice(0, self.length)
-        return selected.visible(whole, whole).tril()
+        return _dense(self, self.length, self.diagonals.device)
 
     def density(self) -> Tensor:
         """fp64 `[B, H]`: selected tiles over causal tiles; columns are not tiles, see `column_counts`."""
@@ -151,15 +145,25 @@ class BlockIndex:
 
     def to_dense(self) -> Tensor:
         """Bool `[B, H, length, length]`: what is computed under a causal mask."""
-        positions = np.arange(self.length)
-        whole = slice(0, self.length)
-        selected = self.at(Places.of(positions, positions, self.block, self.tiles.device))
-        return selected.visible(whole, whole).tril()
+        return _dense(self, self.length, self.tiles.device)
 
     def density(self) -> Tensor:
         """fp64 `[B, H]`: selected tiles over causal tiles."""
         blocks = self.tiles.shape[2]
         return self.tiles.tril().sum((2, 3)).double() / (blocks * (blocks + 1) // 2)
+
+
+def slots_of(wanted: Tensor, positions: Tensor) -> Tensor:
+    """int64: where each of `wanted` stands in `positions` `[N]`, which ascends; N for those that do not."""
+    slot = torch.searchsorted(positions, wanted.to(positions.dtype))
+    here = slot < len(positions)
+    here &= positions[torch.where(here, slot, 0)] == wanted
+    return torch.where(here, slot, len(positions))
+
+
+def _dense(index: Index, length: int, device: torch.device) -> Tensor:
+    positions, whole = np.arange(length), slice(0, length)
+    return index.at(Places.of(positions, positions, index.block, device)).visible(whole, whole).tril()
 
 
 def _blocks(positions: np.ndarray, block: int) -> np.ndarray:

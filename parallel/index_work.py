@@ -20,13 +20,13 @@ def work(index: VerticalSlashIndex, order: Order, row: int = 0) -> np.ndarray:
     rank r and block k of rank r - s lie on diagonal q - k = s mod world. So at stage s every rank works on the same
     diagonals, those of one residue class, and on each of them the ranks' tiles differ by at most one.
     """
-    owner, block = _owners(order, index.block), index.block
-    blocks, world = len(owner), order.world
+    block, world = index.block, order.world
+    owner, tiles, holds = _of_order(order, block)
+    blocks = len(owner)
     diagonals = index.diagonals[row].cpu().numpy()
     columns = index.columns[row].cpu().numpy()
     # Products of counts below 2^53, which fp64 has exactly.
-    found = block**2 * (diagonals.astype(np.float64) @ _tiles_of_diagonals(order, block)).reshape(-1, world, world)
-    holds = np.fft.rfft(owner == np.arange(world)[:, None], 2 * blocks)  # of each rank, which blocks it has
+    found = block**2 * (diagonals.astype(np.float64) @ tiles).reshape(-1, world, world)
     for head, (selected, listed) in enumerate(zip(diagonals, columns)):
         of_block = np.bincount(listed[listed < index.length] // block, minlength=blocks)
         # [rank, block]: the rank's row blocks at or behind a block of keys whose tile is not selected; a correlation.
@@ -38,11 +38,15 @@ def work(index: VerticalSlashIndex, order: Order, row: int = 0) -> np.ndarray:
 
 
 @lru_cache(4)
-def _tiles_of_diagonals(order: Order, block: int) -> np.ndarray:
-    """fp64 `[blocks, world x world]`: of each diagonal the tiles of every rank's rows and every rank's keys."""
+def _of_order(order: Order, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What layers share: the rank of each block; fp64 `[blocks, world x world]`, of each diagonal the tiles of every
+    rank's rows and every rank's keys; and the transform of which blocks each rank has.
+    """
     owner = _owners(order, block)
-    pairs = (owner[distance:] * order.world + owner[: len(owner) - distance] for distance in range(len(owner)))
-    return np.stack([np.bincount(pair, minlength=order.world**2) for pair in pairs]).astype(np.float64)
+    blocks, world = len(owner), order.world
+    pairs = (owner[distance:] * world + owner[: blocks - distance] for distance in range(blocks))
+    tiles = np.stack([np.bincount(pair, minlength=world**2) for pair in pairs]).astype(np.float64)
+    return owner, tiles, np.fft.rfft(owner == np.arange(world)[:, None], 2 * blocks)
 
 
 def _owners(order: Order, block: int) -> np.ndarray:

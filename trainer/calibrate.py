@@ -23,10 +23,11 @@ from farspan.parallel.mesh import Mesh
 from farspan.trainer.arrangement import Arrangement, check_tiles
 from farspan.trainer.budgets import Budgets
 from farspan.trainer.checkpoint.weights import newest_decoder
-from farspan.trainer.config import ConfigError, RunConfig, load_config
+from farspan.trainer.config import ConfigError, RunConfig, load_run_config
 from farspan.trainer.feed import Feed
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
+from farspan.trainer.sparse import of_all_heads
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,7 @@ class Request:
 
 def check(request: Request) -> tuple[RunConfig, Degrees]:
     """ConfigError, in one line, unless the request can be carried out; checkpoints are not opened yet."""
-    file = request.run / "config.yaml"
-    if not file.exists():
-        raise ConfigError(f"{request.run} is no run directory: it has no config.yaml")
-    config = load_config(file, [*request.overrides, f"eval.rows={request.rows}"])
+    config = load_run_config(request.run, [*request.overrides, f"eval.rows={request.rows}"])
     if config.attention.sparse is None:
         raise ConfigError(
             "there is nothing to calibrate: give the mass that heads are to cover, such as attention.sparse.mass=0.9"
@@ -115,9 +113,7 @@ def _measure(
     diagonals: list[list[int]] = [[] for _ in range(model.layers)]
     for layer, rows in needed.items():
         mine = torch.stack(rows).double().quantile(request.quantile, 0).ceil().long()
-        parts = [torch.empty_like(mine) for _ in range(mesh.degrees.tensor)]
-        dist.all_gather(parts, mine, group=mesh.tensor)
-        columns[layer], diagonals[layer] = torch.cat(parts, 1).tolist()
+        columns[layer], diagonals[layer] = of_all_heads(mine, mesh.tensor).tolist()
         blocks = -(-config.train.sequence_length // TILE)
         say(
             f"layer {layer}: columns {min(columns[layer])} to {max(columns[layer])}, diagonals {min(diagonals[layer])} "

@@ -463,6 +463,14 @@ class RunConfig(_Section):
         return self
 
 
+def load_run_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """That of a run's folder, as `load_config`."""
+    file = run / "config.yaml"
+    if not file.exists():
+        raise ConfigError(f"{run} is no run directory: it has no config.yaml")
+    return load_config(file, overrides)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies `section.key=value` overrides (values are YAML).
 

@@ -22,7 +22,7 @@ from farspan.models.reader import Reader
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.checkpoint.weights import newest_decoder
-from farspan.trainer.config import ConfigError, RunConfig, StarSection, load_config
+from farspan.trainer.config import ConfigError, RunConfig, StarSection, load_run_config
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
 
@@ -64,10 +64,7 @@ class Ready:
 
 def check(request: Request) -> Ready:
     """ConfigError or DataError, in one line, unless the request can be carried out; checkpoints are not opened yet."""
-    file = request.run / "config.yaml"
-    if not file.exists():
-        raise ConfigError(f"{request.run} is no run directory: it has no config.yaml")
-    config = load_config(file, request.overrides)
+    config = load_run_config(request.run, request.overrides)
     if config.attention.window is not None:
         raise ConfigError(
             "farspan generate keeps a cache of which every layer sees all, and attention.window is set; give "

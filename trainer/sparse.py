@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels import estimate, to_device
@@ -53,6 +54,7 @@ class SparseAttention:
         if settings.budgets is not None:
             self.budgets = Budgets.read(settings.budgets, config)
         self.tensor_rank = tensor_rank
+        self._on_device: dict[int, estimate.Budgets] = {}
         self.newest: dict[int, Selected] = {}
         self.step, self.training = 0, True
         self.watch: Callable[[int, VerticalSlashIndex], None] | None = None
@@ -81,12 +83,13 @@ class SparseAttention:
         return [None if sight is None else self._selector(layer, sight) for layer, sight in enumerate(sights)]
 
     def _budgets(self, layer: int, q: Tensor) -> estimate.Budgets | None:
-        """Those of this tensor rank's heads."""
-        if self.budgets is None:
-            return None
+        """Those of this tensor rank's heads, on its device."""
+        if self.budgets is None or layer in self._on_device:
+            return self._on_device.get(layer)
         heads = slice(self.tensor_rank * q.shape[2], (self.tensor_rank + 1) * q.shape[2])
         numbers = torch.tensor([self.budgets.columns[layer][heads], self.budgets.diagonals[layer][heads]])
-        return estimate.Budgets(*to_device(numbers, q.device))
+        self._on_device[layer] = estimate.Budgets(*to_device(numbers, q.device))
+        return self._on_device[layer]
 
     def _selector(self, layer: int, sight: Sight) -> Selector:
         def select(q: Tensor, k: Tensor) -> VerticalSlashIndex | None:
@@ -107,3 +110,10 @@ class SparseAttention:
             return index
 
         return select
+
+
+def of_all_heads(mine: Tensor, tensor: dist.ProcessGroup) -> Tensor:
+    """`[any, heads, ...]` of all tensor ranks' heads; collective."""
+    parts = [torch.empty_like(mine) for _ in range(tensor.size())]
+    dist.all_gather(parts, mine.contiguous(), group=tensor)
+    return torch.cat(parts, 1)

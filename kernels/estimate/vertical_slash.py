@@ -19,7 +19,7 @@ from farspan.kernels.estimate.probes import Probes
 from farspan.kernels.estimate.select import ranked, share, shortest
 from farspan.kernels.estimate.settings import VerticalSlash
 from farspan.kernels.estimate.units import PLACE_BITS, SUM_BITS, WEIGHT_BITS, mass_bits
-from farspan.kernels.index import VerticalSlashIndex
+from farspan.kernels.index import VerticalSlashIndex, slots_of
 from farspan.kernels.tiles import TILE
 from farspan.kernels.triton.estimate import launch
 
@@ -134,11 +134,8 @@ def _columns(scores: Tensor, k_positions: Tensor, target: Tensor, most: int, len
 def _at_slots(columns: Tensor, k_positions: Tensor) -> Tensor:
     """Bool `[B, H, N]`: which keys that are here are among the columns."""
     keys = len(k_positions)
-    slot = torch.searchsorted(k_positions, columns.long())
-    here = slot < keys
-    here &= k_positions[torch.where(here, slot, 0)] == columns
     chosen = columns.new_zeros(*columns.shape[:2], keys + 1, dtype=torch.bool)
-    return chosen.scatter_(2, torch.where(here, slot, keys), True)[..., :keys]
+    return chosen.scatter_(2, slots_of(columns, k_positions), True)[..., :keys]
 
 
 def _by_distance(left: Tensor, probes: Probes) -> Tensor:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from farspan.parallel.balance import imbalance, stage_imbalance, step_imbalance
 from farspan.parallel.index_work import work
 from farspan.parallel.orders import Order
 from farspan.trainer.callbacks.recording import Recording
-from farspan.trainer.sparse import SparseAttention
+from farspan.trainer.sparse import SparseAttention, of_all_heads
 from farspan.trainer.trainer import StepRecord, Trainer
 
 
@@ -27,17 +25,17 @@ class Sparseness:
         if not found or trainer.mesh.data_rank or trainer.mesh.context_rank:  # the others selected the same, or alike
             return
         tensor = trainer.mesh.tensor
-        density = _of_all_heads(torch.stack([selected.index.density()[0] for selected in found.values()]), tensor)
-        columns = _of_all_heads(torch.stack([s.index.column_counts()[0].double() for s in found.values()]), tensor)
+        density = of_all_heads(torch.stack([selected.index.density()[0] for selected in found.values()]), tensor)
+        columns = of_all_heads(torch.stack([s.index.column_counts()[0].double() for s in found.values()]), tensor)
         record.further |= {"sparse_density": float(density.mean()), "sparse_columns": float(columns.mean())}
         for layer, line in zip(found, density):
             record.further[f"sparse_density_layer_{layer:02d}"] = float(line.mean())
         recalls = [selected.recall.mean((0, 2)).double() for selected in found.values() if selected.recall is not None]
         if not recalls:
             return
-        recall = _of_all_heads(torch.stack(recalls), tensor)
+        recall = of_all_heads(torch.stack(recalls), tensor)
         pairs = np.stack([work(selected.index, self.order) for selected in found.values()])
-        by_stage = _of_all_heads(torch.from_numpy(pairs).to(density.device), tensor)
+        by_stage = of_all_heads(torch.from_numpy(pairs).to(density.device), tensor)
         record.further["sparse_recall"] = float(recall.mean())
         for layer, line, shares in zip(found, recall, by_stage.cpu().numpy()):
             total = shares.sum(0)
@@ -58,10 +56,3 @@ class Sparseness:
             board = self.recording.tensorboard
             board.heat_map(record.step, "sparse/density by layer and head", density.cpu().numpy())
             board.heat_map(record.step, "sparse/work by rank and stage", whole)
-
-
-def _of_all_heads(mine: Tensor, tensor: dist.ProcessGroup) -> Tensor:
-    """`[layers, heads, ...]` of all tensor ranks' heads."""
-    parts = [torch.empty_like(mine) for _ in range(tensor.size())]
-    dist.all_gather(parts, mine.contiguous(), group=tensor)
-    return torch.cat(parts, 1)
