@@ -4,8 +4,10 @@
 
 Indexes are drawn: the two nearest diagonals of 128 x 128 tiles and others whose distances are log-uniform, until the
 share of causal tiles is reached, and `--columns` single keys a head. Peers on the same inputs: cuDNN and our kernels
-on all causal pairs, and FlexAttention on the same tiles (without columns). The time of the index is that of one
-estimation, whose cost does not depend on what it finds. On a CPU it runs the reference backend, for trying it out.
+on all causal pairs, and FlexAttention on the same tiles (without columns). The index is that of one estimation, whose
+cost does not depend on what it finds. Times are of each pass alone, and of all in a row as a layer has them (`layer`):
+estimation, forward, backward, among which the host may run ahead; that one is compared. On a CPU it runs the reference
+backend, for trying it out.
 """
 
 from __future__ import annotations
@@ -58,15 +60,13 @@ def main() -> None:
             for backend in ("cudnn", "triton") if device.type == "cuda" else ("reference",):
                 dense[backend] = measured(*inputs.dense(backend))
                 print(f"{length:,} tokens, dense {backend}: {in_words(dense[backend])}", flush=True)
-        estimate_ms = median_ms(inputs.estimation())
+        estimation = inputs.estimation()
         for density in options.densities:
-            row = sparse_row(inputs, density, options.columns, options.flex) | {"index_ms": estimate_ms}
-            both = row["forward_ms"] + row["backward_ms"] + estimate_ms
+            row = sparse_row(inputs, estimation, density, options.columns, options.flex)
             for name, times in dense.items():
-                row[f"{name}_ms"] = sum(times.values())
-                row[f"over_{name}"] = sum(times.values()) / both
+                row |= {f"{name}_ms": times["layer_ms"], f"over_{name}": times["layer_ms"] / row["layer_ms"]}
             if "flex_ms" in row:
-                row["over_flex"] = row["flex_ms"] / (row["tiles_forward_ms"] + row["tiles_backward_ms"])
+                row["over_flex"] = row["flex_ms"] / row["tiles_layer_ms"]
             row |= {"machine": machine, "torch": torch.__version__, "length": length, "columns": options.columns}
             print(
                 " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True
@@ -123,7 +123,7 @@ class Inputs:
         diagonal = torch.eye(tiles.shape[2], dtype=torch.bool, device=self.device)
 
         def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-            return chosen.sum(-1).int(), chosen.int().argsort(-1, descending=True, stable=True).int()
+            return chosen.sum(-1).int(), chosen.int().argsort(dim=-1, descending=True, stable=True).int()
 
         block_mask = BlockMask.from_kv_blocks(
             *listed(tiles & diagonal),
@@ -162,19 +162,27 @@ class Inputs:
         )
 
 
-def sparse_row(inputs: Inputs, density: float, columns: int, flex: bool) -> dict[str, Any]:
+def sparse_row(inputs: Inputs, estimation: Pass, density: float, columns: int, flex: bool) -> dict[str, Any]:
     index = inputs.index(density, columns)
-    times = measured(*inputs.sparse(index))
-    row: dict[str, Any] = {"density": float(index.density().mean()), **times}
+    times = measured(*inputs.sparse(index), estimation)
+    row: dict[str, Any] = {"density": float(index.density().mean()), "index_ms": median_ms(estimation), **times}
     if inputs.device.type == "cuda" and flex:
         tiles = inputs.index(density, 0)
         row |= {f"tiles_{name}": ms for name, ms in measured(*inputs.sparse(tiles)).items()}
-        row["flex_ms"] = sum(measured(*inputs.flex(tiles)).values())
+        row["flex_ms"] = measured(*inputs.flex(tiles))["layer_ms"]
     return row
 
 
-def measured(forward: Pass, backward: Pass) -> dict[str, float]:
-    return {"forward_ms": median_ms(forward), "backward_ms": median_ms(backward)}
+def measured(*passes: Pass) -> dict[str, float]:
+    """Forward, backward, and what comes before them: each pass alone, and all in a row."""
+    forward, backward, *before = passes
+
+    def layer() -> None:
+        for run in (*before, forward, backward):
+            run()
+
+    names = {"forward_ms": forward, "backward_ms": backward, "layer_ms": layer}
+    return {name: median_ms(run) for name, run in names.items()}
 
 
 def median_ms(run: Pass) -> float:
@@ -185,7 +193,7 @@ def median_ms(run: Pass) -> float:
 
 
 def in_words(times: dict[str, float]) -> str:
-    return f"forward {times['forward_ms']:.2f} ms, backward {times['backward_ms']:.2f} ms"
+    return ", ".join(f"{name.removesuffix('_ms')} {ms:.2f} ms" for name, ms in times.items())
 
 
 if __name__ == "__main__":

@@ -177,8 +177,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, index: Selection
         raise ValueError(f"a mask of {mask.batch} x {mask.rows} rows does not fit q {tuple(q.shape)}")
     if index is not None:
         tiles = tuple(-(-length // index.block) for length in (q.shape[1], k.shape[1]))
-        if index.tiles.shape[1:] != (q.shape[2], *tiles) or index.tiles.shape[0] not in (1, q.shape[0]):
+        if index.shape[1:] != (q.shape[2], *tiles) or index.shape[0] not in (1, q.shape[0]):
             raise ValueError(
-                f"an index of {tuple(index.tiles.shape)} tiles does not fit q {tuple(q.shape)} and k {tuple(k.shape)}: "
+                f"an index of {index.shape} tiles does not fit q {tuple(q.shape)} and k {tuple(k.shape)}: "
                 f"it must be [B, {q.shape[2]}, {tiles[0]}, {tiles[1]}]"
             )

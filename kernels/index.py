@@ -60,25 +60,50 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a kernel computes of one piece, where the piece's mask is true, in slots.
+    """What a kernel computes of one piece, where the piece's mask is true.
 
-    `tiles` bool `[B, H, row tiles, key tiles]`, of `block` x `block` slots. `columns` int32 `[B, H, most]`: single keys
-    that every row computes besides, ascending; the number of keys where a head has fewer. None for an index without.
+    Tile (i, j) of `block` x `block` slots is selected where `table[b, h, row_at[i] + key_at[j]]` is; where that is none
+    of the table's places, it is not. `table` bool `[B, H, places]`, `row_at` int32 `[row tiles]`, `key_at` int32
+    `[key tiles]`. `columns` int32 `[B, H, most]`: single keys that every row computes besides, as positions, ascending;
+    past all of `k_positions` `[N]` where a head has fewer. None for an index without.
     """
 
-    tiles: Tensor
+    table: Tensor
+    row_at: Tensor
+    key_at: Tensor
     columns: Tensor | None
+    k_positions: Tensor
     block: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Batch, heads, row tiles, key tiles."""
+        return self.table.shape[0], self.table.shape[1], len(self.row_at), len(self.key_at)
+
+    @property
+    def tiles(self) -> Tensor:
+        """Bool `[B, H, row tiles, key tiles]`; large at half a million tokens."""
+        at = self.row_at[:, None] + self.key_at
+        inside = (at >= 0) & (at < self.table.shape[2])
+        return self.table[:, :, torch.where(inside, at, 0)] & inside
+
+    @property
+    def slots(self) -> Tensor | None:
+        """Slots of the columns that are here, int32 `[B, H, most]` ascending, then the number of keys."""
+        if self.columns is None:
+            return None
+        return slots_of(self.columns, self.k_positions).int().sort(-1).values
 
     def visible(self, rows: slice, keys: slice) -> Tensor:
         """Bool `[B, H, rows, keys]`: what is selected, by tile or by column."""
-        row = torch.arange(rows.start, rows.stop, device=self.tiles.device) // self.block
-        key = torch.arange(keys.start, keys.stop, device=self.tiles.device)
+        row = torch.arange(rows.start, rows.stop, device=self.table.device) // self.block
+        key = torch.arange(keys.start, keys.stop, device=self.table.device)
         selected = self.tiles[:, :, row][:, :, :, key // self.block]
-        if self.columns is None:
+        slots = self.slots
+        if slots is None:
             return selected
-        chosen = self.tiles.new_zeros(*self.columns.shape[:2], self.tiles.shape[3] * self.block + 1)
-        chosen.scatter_(2, self.columns.long(), True)
+        chosen = self.table.new_zeros(*slots.shape[:2], len(self.k_positions) + 1)
+        chosen.scatter_(2, slots.long(), True)
         return selected | chosen[:, :, None, keys]
 
 
@@ -106,13 +131,14 @@ class VerticalSlashIndex:
 
     def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
         first, last = heads or (0, self.diagonals.shape[1])
-        diagonals, columns = self.diagonals[:, first:last], self.columns[:, first:last].contiguous()
-        distance = places.q_blocks[:, None] - places.k_blocks
-        # Blocks of padding lie behind the last one.
-        inside = (distance >= 0) & (distance < diagonals.shape[2])
-        tiles = diagonals[:, :, torch.where(inside, distance, 0)] & inside
-        slots = slots_of(columns, places.k_positions).int()
-        return Selection(tiles, slots.sort(-1).values, self.block)
+        return Selection(
+            self.diagonals[:, first:last],
+            places.q_blocks,
+            -places.k_blocks,
+            self.columns[:, first:last].contiguous(),
+            places.k_positions,
+            self.block,
+        )
 
     def to_dense(self) -> Tensor:
         """Bool `[B, H, length, length]`: what is computed under a causal mask."""
@@ -141,7 +167,7 @@ class BlockIndex:
         first, last = heads or (0, self.tiles.shape[1])
         blocks = self.tiles.shape[2]
         q, k = (where.clamp(max=blocks - 1) for where in (places.q_blocks, places.k_blocks))
-        return Selection(self.tiles[:, first:last, q][:, :, :, k], None, self.block)
+        return Selection(self.tiles[:, first:last].flatten(2), q * blocks, k, None, places.k_positions, self.block)
 
     def to_dense(self) -> Tensor:
         """Bool `[B, H, length, length]`: what is computed under a causal mask."""

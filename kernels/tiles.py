@@ -28,9 +28,8 @@ class TileLists:
 
     Tile t of list row b meets `full_tiles[full_start[b * n + t] : full_start[b * n + t + 1]]`, where every element is
     visible, and likewise `partial_tiles`, where elements must be tested. All are int32. A list row is a row of the
-    mask's batch; with `heads`, where each query head has lists of its own, it is `b * heads + h`, and starts are int64.
-    `longest_first` `[B, n]` is an order in which to start the tiles, so that the last ones to finish are short; with
-    `heads` it is `[B, H, n]`, or `[B, Hkv, n]` where the tiles are of keys, which a kv head's query heads share.
+    mask's batch; with `heads`, where each head has lists of its own, it is `b * heads + h`, and starts are int64.
+    `longest_first` `[mask batch, n]` is an order in which to start the tiles, so that those that finish last are short.
     """
 
     full_start: Tensor
@@ -42,8 +41,9 @@ class TileLists:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """List rows from one batch element to the next, and from one query head to the next; 0 where they share."""
-        return (max(self.heads, 1) if len(self.longest_first) > 1 else 0), int(self.heads > 0)
+        """List rows from one batch element to the next, and from one head to the next; 0 where they share."""
+        rows, of_one = (len(self.full_start) - 1) // self.longest_first.shape[1], max(self.heads, 1)
+        return (of_one if rows > of_one else 0), int(self.heads > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,20 @@ class TileMap:
     def by_key(self) -> TileLists:
         """For each tile of keys its tiles of rows."""
         return _lists(*(kind.transpose(1, 2) for kind in self._active))
+
+    @cached_property
+    def row_order(self) -> Tensor:
+        """The row tiles with most visible keys first, int32 `[B, row tiles]`."""
+        if self.offset is None:
+            return self.by_row.longest_first
+        return torch.arange(-(-self.mask.rows // TILE) - 1, -1, -1, dtype=torch.int32, device=self.mask.device)[None]
+
+    @cached_property
+    def key_order(self) -> Tensor:
+        """The key tiles that most rows see first, int32 `[B, key tiles]`."""
+        if self.offset is None:
+            return self.by_key.longest_first
+        return torch.arange(-(-self.keys // TILE), dtype=torch.int32, device=self.mask.device)[None]
 
     @cached_property
     def kinds(self) -> Tensor:

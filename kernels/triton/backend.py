@@ -7,11 +7,12 @@ import triton
 from torch import Tensor
 
 from farspan.kernels.backends.base import BackwardCall, ForwardCall
+from farspan.kernels.index import Selection
 from farspan.kernels.problem import Problem
 from farspan.kernels.tiles import TILE, TileMap
 from farspan.kernels.triton.hopper import launch as hopper
 from farspan.kernels.triton.portable import launch as portable
-from farspan.kernels.triton.selected import SelectedTiles
+from farspan.kernels.triton.selected import SelectedTiles, Tiles
 from farspan.kernels.triton.tensors import last_contiguous, new_or
 
 any_mask = True
@@ -44,10 +45,15 @@ def attend(call: ForwardCall) -> tuple[Tensor, Tensor]:
     else:
         out, lse = call.accumulate
     accumulates = call.accumulate is not None
-    if hopper.takes(q, v, sparse=call.index is not None):
-        hopper.forward(q, k, v, TileMap.of(call.mask, k.shape[1]), call.scale, out, lse, accumulates)
-    else:
-        portable.forward(q, k, v, _tiles(call), call.scale, out, lse, accumulates)
+    tiles = _tiles(call)
+    if not hopper.takes(q, v):
+        portable.forward(q, k, v, tiles, call.scale, out, lse, accumulates)
+        return out, lse
+    base = (out, lse) if accumulates else None
+    if _has_columns(call.index):
+        base = base or (_in_fp32(out), _in_fp32(lse))
+        portable.forward(q, k, v, tiles, call.scale, *base, accumulates, columns_alone=True)
+    hopper.forward(q, k, v, tiles, call.scale, out, lse, base)
     return out, lse
 
 
@@ -56,14 +62,29 @@ def attend_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (new_or(x, call.out_dtype, total) for x, total in zip((q, k, v), totals, strict=True))
     adds = (totals[0] is not None, totals[1] is not None, totals[2] is not None)
     lse, delta = last_contiguous(call.lse), last_contiguous(call.delta)
-    if hopper.takes(q, v, sparse=call.index is not None):
-        of_mask = TileMap.of(call.mask, k.shape[1])
-        hopper.backward(call.dout, q, k, v, lse, delta, of_mask, call.scale, (dq, dk, dv), adds)
-    else:
-        portable.backward(call.dout, q, k, v, lse, delta, _tiles(call), call.scale, (dq, dk, dv), adds)
+    given = (call.dout, q, k, v, lse, delta, _tiles(call), call.scale)
+    if not hopper.takes(q, v):
+        portable.backward(*given, (dq, dk, dv), adds)
+        return dq, dk, dv
+    bases = totals
+    if _has_columns(call.index):
+        of_columns = tuple(_in_fp32(x) if total is None else total for x, total in zip((dq, dk, dv), totals))
+        bases = (of_columns[0], of_columns[1], of_columns[2])
+        portable.backward(*given, bases, adds, columns_alone=True)
+    hopper.backward(*given, (dq, dk, dv), bases)
     return dq, dk, dv
 
 
-def _tiles(call: ForwardCall | BackwardCall) -> TileMap | SelectedTiles:
+def _has_columns(index: Selection | None) -> bool:
+    """Hopper's kernels compute tiles; single columns come before, and they add."""
+    return index is not None and index.columns is not None and index.columns.shape[2] > 0
+
+
+def _in_fp32(x: Tensor) -> Tensor:
+    """A place for what is computed before, so that it is rounded but once, at the end."""
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+def _tiles(call: ForwardCall | BackwardCall) -> Tiles:
     of_mask = TileMap.of(call.mask, call.k.shape[1])
     return of_mask if call.index is None else SelectedTiles(of_mask, call.index, call.k.shape[2])

@@ -15,55 +15,61 @@ from torch import Tensor
 
 from farspan.kernels.index import Selection
 from farspan.kernels.masks import IntervalMask
-from farspan.kernels.tiles import TileLists, TileMap
-from farspan.kernels.triton.lists import lists_kernel
+from farspan.kernels.tiles import TILE, TileLists, TileMap
+from farspan.kernels.triton.lists import columns_kernel, groups_kernel, ranges_kernel, tiles_kernel
 
 # Tiles that a program of the lists takes at once: of the side whose lists these are, and of the other side.
 _OWN, _OTHER = 32, 64
+# Columns, and row tiles, that a program takes at once.
+_COLUMNS, _ROW_TILES = 1024, 128
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """The single keys of each head, and which of them a row tile may see: those from `first` to before `stop`.
+    """The single keys of each head: where they are not in a selected tile, every row computes those that it sees.
 
-    `slots` int32 `[B or 1, H, most]` ascends, the number of keys where a head has fewer; `first` and `stop` int32
-    `[B or 1, H, row tiles]` count in it. `tiles` bool `[B or 1, H, row tiles, key tiles]`: where no column is computed.
-    `spans` are those of the mask, see `TileMap`.
+    `slots` int32 `[B or 1, H, most]` ascends, the number of keys where a head has fewer; `at` are the `key_at` of their
+    tiles. `selection` says which tiles are selected, of rows that see `spans` of the mask, see `TileMap`.
     """
 
     slots: Tensor
-    first: Tensor
-    stop: Tensor
-    tiles: Tensor
-    spans: tuple[Tensor, Tensor]
-    keys: int
+    at: Tensor
+    of_mask: TileMap
+    selection: Selection
+    batch: int
 
     @property
     def most(self) -> int:
         return self.slots.shape[2]
 
-    def row_tiles(self, block: int) -> tuple[Tensor, Tensor]:
-        """Of each group of `block` columns the first row tile that may see one, and one past the last.
+    @cached_property
+    def of_row_tiles(self) -> tuple[Tensor, Tensor]:
+        """The columns that a row tile may see: from a first one to before a last. Both int32 `[B, H, row tiles]`."""
+        row_tiles = self.of_mask.spans[0].shape[1]
+        first, stop = (self.slots.new_empty(self.batch, self.slots.shape[1], row_tiles) for _ in range(2))
+        grid = (triton.cdiv(row_tiles, _ROW_TILES), self.slots.shape[1], self.batch)
+        ranges_kernel[grid](self.slots, *self.of_mask.spans, first, stop, *self._sizes, BLOCK=_ROW_TILES)
+        return first, stop
 
-        Both int32 `[B or 1, H, groups]`.
+    def of_groups(self, size: int) -> tuple[Tensor, Tensor]:
+        """Of each group of `size` columns the first row tile that may see one, and one past the last.
+
+        Both int32 `[B, H, groups]`.
         """
-        first_seen, last_seen = (x[:, None, None] for x in self.spans)
-        lowest, highest = self.slots[..., ::block], self.slots[..., block - 1 :: block]
-        highest = torch.cat([highest, self.slots[..., -1:]], -1)[..., : lowest.shape[2]]
-        meets = (first_seen <= highest[..., None]) & (last_seen > lowest[..., None])
-        tile = torch.arange(meets.shape[3], device=meets.device, dtype=torch.int32)
-        first = torch.where(meets, tile, meets.shape[3]).amin(3)
-        stop = torch.where(meets, tile + 1, 0).amax(3)
-        return first.int().contiguous(), stop.int().contiguous()
+        groups = triton.cdiv(self.most, size)
+        first, stop = (self.slots.new_empty(self.batch, self.slots.shape[1], groups) for _ in range(2))
+        grid = (groups, self.slots.shape[1], self.batch)
+        groups_kernel[grid](
+            self.slots, *self.of_mask.spans, first, stop, *self._sizes, GROUP=size, BLOCK=8 * _ROW_TILES
+        )
+        return first, stop
 
-    def places(self) -> Tensor:
-        """int32 `[B or 1, H, keys + 1]`: one more than a key's place among the columns, 0 where it is none."""
-        batch, heads, most = self.slots.shape
-        places = self.slots.new_zeros(batch, heads, self.keys + 1)
-        number = torch.arange(1, most + 1, dtype=torch.int32, device=places.device)
-        places.scatter_(2, self.slots.long(), number.expand_as(self.slots))
-        places[..., -1] = 0  # columns that a head does not have
-        return places
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """Columns, row tiles, and steps over the batch of slots and of spans."""
+        heads, row_tiles = self.slots.shape[1], self.of_mask.spans[0].shape[1]
+        of_mask = row_tiles if self.of_mask.mask.batch > 1 else 0
+        return self.most, row_tiles, heads if len(self.slots) > 1 else 0, of_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,66 +86,74 @@ class SelectedTiles:
         return self.of_mask.mask
 
     @property
+    def batch(self) -> int:
+        return max(self.selection.shape[0], self.mask.batch)
+
+    @property
     def by_row(self) -> TileLists:
         """For each query head and tile of rows its tiles of keys."""
-        return self._lists(own_axis=2)
+        return self._lists(self.selection.shape[1], self.selection.row_at, self.selection.key_at, (1, 2))
 
     @property
     def by_key(self) -> TileLists:
-        """For each query head and tile of keys its tiles of rows; the order of the tiles is that of the kv head."""
-        return self._lists(own_axis=3)
+        """For each kv head and tile of keys the tiles of rows of its query heads: `member x row tiles + row tile`."""
+        return self._lists(self.kv_heads, self.selection.key_at, self.selection.row_at, (2, 1))
 
-    @cached_property
-    def columns(self) -> Columns | None:
-        slots = self.selection.columns
-        if slots is None or slots.shape[2] == 0:
-            return None
-        tiles = self._tiles
-        slots = slots.expand(len(tiles), -1, -1).contiguous()
-        seen = (x[:, None].expand(*tiles.shape[:3]).contiguous() for x in self.of_mask.spans)
-        first, stop = (torch.searchsorted(slots, x, out_int32=True) for x in seen)
-        return Columns(slots, first, torch.maximum(first, stop), tiles, self.of_mask.spans, self.of_mask.keys)
+    def columns(self, with_places: bool = False) -> tuple[Columns | None, Tensor | None]:
+        """The columns, and `with_places` also one more than a key's number among them, 0 where it is none.
 
-    @property
-    def _tiles(self) -> Tensor:
-        """The selected tiles for each mask or index of the batch, one after the other."""
-        return self.selection.tiles.expand(max(len(self.selection.tiles), self.mask.batch), -1, -1, -1).contiguous()
+        Places are int32 `[B or 1, H, keys + 1]`.
+        """
+        wanted, positions = self.selection.columns, self.selection.k_positions
+        if wanted is None or wanted.shape[2] == 0:
+            return None, None
+        (batch, heads, most), keys = wanted.shape, len(positions)
+        slots, at = torch.empty_like(wanted), torch.empty_like(wanted)
+        places = wanted.new_zeros(batch, heads, keys + 1) if with_places else None
+        # fmt: off
+        columns_kernel[(heads, batch)](
+            wanted, positions, self.selection.key_at, slots, at, places, keys, most,
+            PLACES=with_places, TILE=TILE, CHUNK=min(_COLUMNS, triton.next_power_of_2(most)),
+        )
+        # fmt: on
+        return Columns(slots, at, self.of_mask, self.selection, self.batch), places
 
-    def _lists(self, own_axis: int) -> TileLists:
-        tiles, kinds = self._tiles, self.of_mask.kinds
-        batch, heads, own = tiles.shape[0], tiles.shape[1], tiles.shape[own_axis]
+    def _lists(self, lines: int, own_at: Tensor, other_at: Tensor, axes: tuple[int, int]) -> TileLists:
+        table, kinds = self.selection.table, self.of_mask.kinds
+        own, other, batch = len(own_at), len(other_at), self.batch
+        lists, group = batch * lines * own, table.shape[1] // lines
+        counts = kinds.new_empty(1 + 2 * lists, dtype=torch.int64)
 
-        def walk(starts: tuple[Tensor, Tensor], lists: tuple[Tensor, Tensor], write: bool) -> None:
-            lists_kernel[(triton.cdiv(own, _OWN), heads, batch)](
-                tiles.view(torch.uint8),
+        def walk(starts: Tensor, tiles: Tensor, write: bool) -> None:
+            tiles_kernel[(triton.cdiv(own, _OWN), lines, batch)](
+                table.view(torch.uint8),
+                table.stride(0) if len(table) > 1 else 0,
+                table.stride(1),
+                table.shape[2],
+                own_at,
+                other_at,
                 kinds,
-                *starts,
-                *lists,
+                starts,
+                counts,
+                tiles,
                 own,
-                tiles.shape[5 - own_axis],
-                tiles.stride(own_axis),
-                tiles.stride(5 - own_axis),
-                tiles.stride(1),
+                other,
+                kinds.stride(axes[0]),
+                kinds.stride(axes[1]),
                 kinds.stride(0) if len(kinds) > 1 else 0,
+                GROUP=group,
                 WRITE=write,
                 OWN=_OWN,
                 OTHER=_OTHER,
             )
 
-        counts = (kinds.new_empty(batch, heads, own, dtype=torch.int32) for _ in range(2))
-        full, partial = counts
-        walk((full, partial), (full, partial), write=False)
-        starts = _starts(full), _starts(partial)
-        room = [count * heads * (batch // len(kinds)) for count in self.of_mask.kind_counts]
-        full_tiles, partial_tiles = (kinds.new_empty(max(size, 1), dtype=torch.int32) for size in room)
-        walk(starts, (full_tiles, partial_tiles), write=True)
-        work = full + partial
-        if own_axis == 3:
-            work = work.unflatten(1, (self.kv_heads, -1)).sum(2)
-        longest_first = work.argsort(dim=-1, descending=True, stable=True).int().contiguous()
-        return TileLists(starts[0], full_tiles, starts[1], partial_tiles, longest_first, heads)
+        walk(counts, own_at, write=False)
+        starts = counts.cumsum(0)
+        room = sum(self.of_mask.kind_counts) * table.shape[1] * (batch // len(kinds))
+        tiles = own_at.new_empty(max(room, 1))
+        walk(starts, tiles, write=True)
+        order = self.of_mask.row_order if axes == (1, 2) else self.of_mask.key_order
+        return TileLists(starts[: lists + 1], tiles, starts[lists:], tiles, order, lines)
 
 
-def _starts(counts: Tensor) -> Tensor:
-    """Of lists that lie one after the other, where each begins; int64, for all heads together may pass 2^31."""
-    return torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))
+Tiles = TileMap | SelectedTiles

@@ -20,7 +20,7 @@ def test_kernels_compile_for_hopper_and_keep_the_matrix_units_busy(dim: int) -> 
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     # Head dim 128 has a one-pass shape for diagonals and one for the rest.
-    assert len(reports) == (23 if dim == 128 else 21)
+    assert len(reports) == (31 if dim == 128 else 29)
     for report in reports:
         print(report)
         # A block has 227 KiB of shared memory.
@@ -29,12 +29,12 @@ def test_kernels_compile_for_hopper_and_keep_the_matrix_units_busy(dim: int) -> 
         # has to serialize them. Estimation has one product, attention several.
         assert report["products"] >= (dim // 16 if report["kernel"].startswith("estimate") else 8), report
         assert not report["serialized"], report
-        # Registers that do not fit go through memory. In the backward kernels for Hopper a word or two do, around the
+        # Registers that do not fit go through memory. In the backward kernels for Hopper a few words do, around the
         # loops, in the forward ones and the portable dkdv some where tiles are tested, for that is seldom.
         assert report["spilled_bytes"] <= spill_limit(report["kernel"]), report
 
 
 def spill_limit(kernel: str) -> int:
     if kernel.startswith("hopper"):
-        return 8 if "forward" not in kernel else 40 if "dense" in kernel else 400
+        return 40 if "forward" not in kernel else 40 if "dense" in kernel else 400
     return 400 if "dkdv" in kernel else 0

@@ -36,7 +36,8 @@ from farspan.kernels.triton.portable.shapes import Shape, column_shape, dkdv_sha
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _BOUNDS = ("begin", "end", "anchor_begin", "anchor_end")
 _COLUMNS = (
-    *("k_rows", "v_rows", "column_slots", "column_first", "column_stop", "selected"),
+    *("k_rows", "v_rows", "column_slots", "column_at", "column_first", "column_stop", "table", "row_at"),
+    *("table_stride_b", "table_stride_h", "table_places", "columns_stride_b"),
     *("column_places", "dk_columns", "dv_columns", "most"),
 )
 _LISTS = ("full_start", "full_tiles", "partial_start", "partial_tiles", "longest_first")
@@ -75,7 +76,8 @@ def report(
 
 
 def hopper_kernels(dim: int) -> None:
-    for lists in (False, True):
+    for kind in ("dense", "lists", "sparse"):
+        lists = kind != "dense"
         shape = shapes.forward_shape(dim, lists)
         constants: dict[str, Any] = {"LISTS": lists} | ({} if lists else dict.fromkeys((*_BOUNDS, *_LISTS)))
         constants |= {
@@ -85,9 +87,8 @@ def hopper_kernels(dim: int) -> None:
             "PRODUCER_REGISTERS": shape.producer_registers,
             "CONSUMER_REGISTERS": shape.consumer_registers,
         }
-        kind = f"{dim} {'lists' if lists else 'dense'}"
         boxes = {"q": shape.rows, "k": shape.keys, "v": shape.keys}
-        hopper_kernel(f"forward {kind}", forward_kernel, dim, boxes, constants, maxnreg=shape.registers)
+        hopper_kernel(f"forward {dim} {kind}", forward_kernel, dim, boxes, constants, maxnreg=shape.registers)
     for adds in (False, True):
         hopper_backward_kernels(dim, adds)
 
@@ -99,17 +100,22 @@ def hopper_backward_kernels(dim: int, adds: bool) -> None:
         boxes = {"q": shape.rows, "dout": shape.rows, "k": 64, "v": 64}
         constants = {**keys, "STAGES": shape.stages, "DS_STAGES": shape.ds_stages, "LAG": shape.lag}
         hopper_kernel(f"one pass {kind} lag {shape.lag}", one_pass_kernel, dim, boxes, constants)
-    boxes = {"q": 64, "dout": 64, "k": TILE, "v": TILE}
-    hopper_kernel(f"dq {kind}", dq_kernel, dim, boxes, {"ACCUMULATE": adds, "STAGES": shapes.dq_stages(dim)})
-    rows, stages = shapes.dkdv_shape()
-    boxes = {"q": rows, "dout": rows, "k": 64, "v": 64}
-    hopper_kernel(f"dkdv {kind}", dkdv_kernel, dim, boxes, {**keys, "STAGES": stages})
+    for sparse in ("", " sparse"):
+        boxes = {"q": 64, "dout": 64, "k": TILE, "v": TILE}
+        of_rows = {"ACCUMULATE": adds, "STAGES": shapes.dq_stages(dim)}
+        hopper_kernel(f"dq {kind}{sparse}", dq_kernel, dim, boxes, of_rows)
+        rows, stages = shapes.dkdv_shape()
+        boxes = {"q": rows, "dout": rows, "k": 64, "v": 64}
+        of_keys = {**keys, "SPARSE": bool(sparse), "STAGES": stages}
+        hopper_kernel(f"dkdv {kind}{sparse}", dkdv_kernel, dim, boxes, of_keys)
 
 
 def hopper_kernel(
     name: str, kernel: Any, dim: int, boxes: dict[str, int], constants: dict[str, Any], **options: int
 ) -> None:
     signature = _gluon_signature(kernel, dim, boxes)
+    if "sparse" in name:
+        signature |= {"full_start": "*i64", "partial_start": "*i64"}
     report(f"hopper {name}", kernel, signature, constants, {"num_warps": 4, **options})
 
 
@@ -124,14 +130,14 @@ def _gluon_signature(kernel: Any, dim: int, boxes: dict[str, int]) -> dict[str, 
 
 
 def portable_kernels(dim: int) -> None:
-    for kind in ("dense", "lists", "sparse"):
-        walk = {"LISTS": kind != "dense", "COLUMNS": kind == "sparse"}
+    for kind in ("dense", "lists", "sparse", "columns"):
+        walk = {"TILES": kind != "columns", "LISTS": kind != "dense", "COLUMNS": kind in ("sparse", "columns")}
         rows = {**walk, "ACCUMULATE": False}
         portable_kernel(f"forward {dim} {kind}", portable_forward.forward_kernel, dim, forward_shape(dim, 2), rows)
         portable_kernel(f"dq {dim} {kind}", portable_backward.dq_kernel, dim, dq_shape(dim, 2), rows)
-        keys = {**walk, "ACCUMULATE_DK": False, "ACCUMULATE_DV": False}
+        keys = {**walk, "SPARSE": walk["COLUMNS"], "ACCUMULATE_DK": False, "ACCUMULATE_DV": False}
         portable_kernel(f"dkdv {dim} {kind}", portable_backward.dkdv_kernel, dim, dkdv_shape(dim, 2), keys)
-    portable_kernel(f"columns {dim} sparse", column_kernel, dim, column_shape(dim, 2), {"LISTS": True, "COLUMNS": True})
+    portable_kernel(f"columns {dim} sparse", column_kernel, dim, column_shape(dim, 2), {"COLUMNS": True})
 
 
 def portable_kernel(name: str, kernel: Any, dim: int, shape: Shape, own: dict[str, Any]) -> None:
@@ -178,8 +184,10 @@ def _scalars(kernel: Any) -> dict[str, str]:
     """Types of all arguments that are neither descriptors nor constants."""
     pointers = dict.fromkeys((*_BOUNDS, *_LISTS), "*i32") | dict.fromkeys(("out", "dq", "dk", "dv"), "*bf16")
     pointers |= {"sums": "*fp32", "counters": "*i32"}
+    pointers |= dict.fromkeys(("out_base", "lse_base", "dq_base", "dk_base", "dv_base"), "*fp32")
     pointers |= dict.fromkeys(_COLUMNS, "*i32") | dict.fromkeys(("k", "v", "k_rows", "v_rows"), "*bf16")
-    pointers |= {"selected": "*u8", "dk_columns": "*fp32", "dv_columns": "*fp32", "most": "i32"}
+    pointers |= dict.fromkeys(("table_stride_b", "table_stride_h", "table_places", "columns_stride_b"), "i32")
+    pointers |= {"table": "*u8", "dk_columns": "*fp32", "dv_columns": "*fp32", "most": "i32"}
     pointers |= {"first_tile": "*i32", "stop_tile": "*i32"}
     pointers |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "scale_log2": "fp32", "unit": "fp32"}
     return {name: pointers.get(name, "i32") for name in kernel.arg_names}

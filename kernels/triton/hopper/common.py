@@ -124,13 +124,13 @@ def _mark(weights, key, row, rows, first, stop, mask_at, ROW_AXIS: gl.constexpr)
 
 
 @gluon.jit
-def write_rows(at, stride, first_row, rows, value, ACCUMULATE: gl.constexpr):
-    """Stores rows of a gradient from registers, or adds them to what is there; 64 bits for tensors past 2^31 elements."""
+def write_rows(at, base, stride, first_row, rows, value, ACCUMULATE: gl.constexpr):
+    """Stores rows of a gradient from registers, plus those of `base` if asked; 64 bits for more than 2^31 elements."""
     layout: gl.constexpr = value.type.layout
     row = first_row + gl.arange(0, value.shape[0], gl.SliceLayout(1, layout))
     column = gl.arange(0, value.shape[1], gl.SliceLayout(0, layout))
-    at = at + ((row.to(gl.int64) * stride)[:, None] + column[None, :])
+    place = (row.to(gl.int64) * stride)[:, None] + column[None, :]
     inside = (row < rows)[:, None]
     if ACCUMULATE:
-        value += gl.load(at, mask=inside, other=0.0)
-    gl.store(at, value.to(at.dtype.element_ty), mask=inside)
+        value += gl.load(base + place, mask=inside, other=0.0)
+    gl.store(at + place, value.to(at.dtype.element_ty), mask=inside)

@@ -24,7 +24,7 @@ from farspan.kernels.triton.hopper.schedule import listed_tile, listed_walk
 from farspan.kernels.triton.hopper.statistics import LOG2_E
 
 
-@gluon.jit(do_not_specialize=["mask_stride", "rows", "keys", "padded_rows"])
+@gluon.jit(do_not_specialize=["mask_stride", "lists_stride_b", "lists_stride_h", "rows", "keys", "padded_rows"])
 def dkdv_kernel(
     q_desc,  # [B, S, H, D]; boxes of a row tile
     k_desc,  # [B, N, Hkv, D]; boxes of the 64 keys of a consumer
@@ -40,6 +40,8 @@ def dkdv_kernel(
     dv_stride_b,
     dv_stride_s,
     dv_stride_h,
+    dk_base,  # what to add, in the places of dk and dv; they themselves, or others in fp32
+    dv_base,
     begin,  # the mask's bounds, [mask batch, S]
     end,
     anchor_begin,
@@ -50,23 +52,26 @@ def dkdv_kernel(
     partial_tiles,
     longest_first,
     mask_stride,  # 0 where the whole batch shares one mask, else 1
+    lists_stride_b,  # rows of lists from one batch element to the next, and from kv head to kv head; 0 where they share
+    lists_stride_h,
     rows,
     keys,
     padded_rows,
     scale,
     GROUP: gl.constexpr,
+    SPARSE: gl.constexpr,  # the lists are of a sparse index
     ACCUMULATE_DK: gl.constexpr,
     ACCUMULATE_DV: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     kv_head, batch = gl.program_id(1), gl.program_id(2)
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[1]
-    entry = batch * mask_stride * gl.num_programs(0)
-    tile = gl.load(longest_first + entry + gl.program_id(0))
-    entry += tile
+    tile = gl.load(longest_first + batch * mask_stride * gl.num_programs(0) + gl.program_id(0))
+    entry = (batch * lists_stride_b + kv_head * lists_stride_h) * gl.num_programs(0) + tile
     lists = (full_start, full_tiles, partial_start, partial_tiles)
     tested, count = listed_walk(lists, entry, BLOCK_M)
-    walk = (tested, count, entry)
+    # Lists of a sparse index name the member of the group with each tile, so they are walked once.
+    walk = (tested, count, entry, count if SPARSE else GROUP * count)
 
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [2] + k_desc.block_type.shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [2] + v_desc.block_type.shape, v_desc.layout)
@@ -79,16 +84,16 @@ def dkdv_kernel(
     # q_full and dout_full apart, for S can start before dout is there.
     row_barriers = (make_barriers(STAGES, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 2))
 
-    dk_at = dk + batch.to(gl.int64) * dk_stride_b + kv_head.to(gl.int64) * dk_stride_h
-    dv_at = dv + batch.to(gl.int64) * dv_stride_b + kv_head.to(gl.int64) * dv_stride_h
+    dk_at = batch.to(gl.int64) * dk_stride_b + kv_head.to(gl.int64) * dk_stride_h
+    dv_at = batch.to(gl.int64) * dv_stride_b + kv_head.to(gl.int64) * dv_stride_h
     bounds = (begin, end, anchor_begin, anchor_end)
-    shape = (rows, keys, batch * mask_stride * rows, scale)
-    output = (dk_at, dk_stride_s, dv_at, dv_stride_s)
+    shape = (rows, keys, batch * mask_stride * rows, scale, padded_rows)
+    output = (dk + dk_at, dk_base + dk_at, dk_stride_s, dv + dv_at, dv_base + dv_at, dv_stride_s)
     # fmt: off
     gl.warp_specialize([
-        (_consumer, (0, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, tile, lists, bounds, shape, output, GROUP, ACCUMULATE_DK, ACCUMULATE_DV)),
-        (_consumer, (1, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, tile, lists, bounds, shape, output, GROUP, ACCUMULATE_DK, ACCUMULATE_DV)),
-        (_producer, (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, (batch, kv_head, tile), lists, padded_rows, GROUP)),
+        (_consumer, (0, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, tile, lists, bounds, shape, output, SPARSE, ACCUMULATE_DK, ACCUMULATE_DV)),
+        (_consumer, (1, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, tile, lists, bounds, shape, output, SPARSE, ACCUMULATE_DK, ACCUMULATE_DV)),
+        (_producer, (q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, k_smem, v_smem, row_buffers, keys_full, row_barriers, walk, (batch, kv_head, tile), lists, padded_rows, GROUP, SPARSE)),
     ], [4, 1], [240, 24])
     # fmt: on
 
@@ -111,20 +116,24 @@ def _producer(
     lists,
     padded_rows,
     GROUP: gl.constexpr,
+    SPARSE: gl.constexpr,
 ):
-    tested, count, entry = walk
+    tested, count, entry, steps = walk
     batch, kv_head, tile = place
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[1]
     descriptors = (q_desc, lse_desc, dout_desc, delta_desc)
+    row_blocks = padded_rows // BLOCK_M
     if count > 0:  # else nobody waits for them, and a copy must not land after the program has ended
         load_own(k_desc, v_desc, k_smem, v_smem, keys_full, batch, tile, kv_head)
-    for member in range(GROUP):
+    for step in range(steps):
+        block = listed_tile(lists, entry, step % count, tested, BLOCK_M)
+        if SPARSE:
+            member, block = block // row_blocks, block % row_blocks
+        else:
+            member = step // count
         head = kv_head * GROUP + member
-        first_statistic = (batch * gl.num_programs(1) * GROUP + head) * padded_rows
-        for i in range(count):
-            row = listed_tile(lists, entry, i, tested, BLOCK_M) * BLOCK_M
-            loaded = member * count + i
-            load_rows(descriptors, row_buffers, row_barriers, loaded, batch, head, row, first_statistic + row)
+        statistic = (batch * gl.num_programs(1) * GROUP + head) * padded_rows + block * BLOCK_M
+        load_rows(descriptors, row_buffers, row_barriers, step, batch, head, block * BLOCK_M, statistic)
 
 
 @gluon.jit
@@ -141,15 +150,15 @@ def _consumer(
     bounds,
     shape,
     output,
-    GROUP: gl.constexpr,
+    SPARSE: gl.constexpr,
     ACCUMULATE_DK: gl.constexpr,
     ACCUMULATE_DV: gl.constexpr,
 ):
     q_smem, lse_smem, dout_smem, delta_smem = row_buffers
     q_full, dout_full, empty = row_barriers
-    tested, count, entry = walk
-    rows, keys, mask_at, scale = shape
-    dk_at, dk_stride, dv_at, dv_stride = output
+    tested, count, entry, steps = walk
+    rows, keys, mask_at, scale, padded_rows = shape
+    dk_at, dk_base, dk_stride, dv_at, dv_base, dv_stride = output
     STAGES: gl.constexpr = q_smem.shape[0]
     KEYS: gl.constexpr = k_smem.shape[2]
     DIM: gl.constexpr = k_smem.shape[4]
@@ -167,7 +176,7 @@ def _consumer(
         nothing = gl.zeros([KEYS, BLOCK_M], gl.float32, score_layout)
         mbarrier.wait(keys_full.index(0), 0)
         i = 0
-        for done in range(GROUP * count):
+        for done in range(steps):
             slot = done % STAGES
             # An index that ptxas cannot see through, lest it keep every descriptor of k and v in registers.
             zero = done >> 30
@@ -180,7 +189,10 @@ def _consumer(
             scores = warpgroup_mma_wait(1, deps=[scores])
             p = gl.exp2(scores * (scale * LOG2_E) - lse_smem.index(slot).load(row_layout)[None, :])
             if i < tested:
-                row = listed_tile(lists, entry, i, tested, BLOCK_M) * BLOCK_M + gl.arange(0, BLOCK_M, row_layout)
+                first_row = listed_tile(lists, entry, i, tested, BLOCK_M) * BLOCK_M
+                if SPARSE:
+                    first_row = first_row % padded_rows
+                row = first_row + gl.arange(0, BLOCK_M, row_layout)
                 key = first_key + gl.arange(0, KEYS, gl.SliceLayout(1, score_layout))
                 p = hide_weights(p, key, row, rows, bounds, mask_at, 1)
             dv = warpgroup_mma(gl.convert_layout(p.to(q_smem.dtype), operand_layout), dout, dv, is_async=True)
@@ -190,10 +202,8 @@ def _consumer(
             dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
             mbarrier.arrive(empty.index(slot), count=1)
             i = gl.where(i + 1 == count, 0, i + 1)
-        write_rows(dk_at, dk_stride, first_key, keys, dk * scale, ACCUMULATE_DK)
-        write_rows(dv_at, dv_stride, first_key, keys, dv, ACCUMULATE_DV)
+        write_rows(dk_at, dk_base, dk_stride, first_key, keys, dk * scale, ACCUMULATE_DK)
+        write_rows(dv_at, dv_base, dv_stride, first_key, keys, dv, ACCUMULATE_DV)
     else:
-        if not ACCUMULATE_DK:
-            write_rows(dk_at, dk_stride, first_key, keys, dk, False)
-        if not ACCUMULATE_DV:
-            write_rows(dv_at, dv_stride, first_key, keys, dv, False)
+        write_rows(dk_at, dk_base, dk_stride, first_key, keys, dk, ACCUMULATE_DK)
+        write_rows(dv_at, dv_base, dv_stride, first_key, keys, dv, ACCUMULATE_DV)

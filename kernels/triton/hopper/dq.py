@@ -24,7 +24,7 @@ from farspan.kernels.triton.hopper.schedule import listed_tile, listed_walk
 from farspan.kernels.triton.hopper.statistics import LOG2_E
 
 
-@gluon.jit(do_not_specialize=["mask_stride", "rows", "padded_rows", "group"])
+@gluon.jit(do_not_specialize=["mask_stride", "lists_stride_b", "lists_stride_h", "rows", "padded_rows", "group"])
 def dq_kernel(
     q_desc,  # [B, S, H, D]; boxes of the 64 rows of a consumer
     k_desc,  # [B, N, Hkv, D]; boxes of a key tile
@@ -36,6 +36,7 @@ def dq_kernel(
     dq_stride_b,
     dq_stride_s,
     dq_stride_h,
+    dq_base,  # what to add, in the places of dq: itself, or another in fp32
     begin,  # the mask's bounds, [mask batch, S]
     end,
     anchor_begin,
@@ -46,6 +47,8 @@ def dq_kernel(
     partial_tiles,
     longest_first,
     mask_stride,  # 0 where the whole batch shares one mask, else 1
+    lists_stride_b,  # rows of lists from one batch element to the next, and from head to head; 0 where they share
+    lists_stride_h,
     rows,
     padded_rows,
     group,
@@ -54,9 +57,8 @@ def dq_kernel(
     STAGES: gl.constexpr,
 ):
     head, batch = gl.program_id(1), gl.program_id(2)
-    entry = batch * mask_stride * gl.num_programs(0)
-    tile = gl.load(longest_first + entry + gl.program_id(0))
-    entry += tile
+    tile = gl.load(longest_first + batch * mask_stride * gl.num_programs(0) + gl.program_id(0))
+    entry = (batch * lists_stride_b + head * lists_stride_h) * gl.num_programs(0) + tile
     lists = (full_start, full_tiles, partial_start, partial_tiles)
     tested, count = listed_walk(lists, entry, k_desc.block_type.shape[1])
     walk = (tested, count, entry)
@@ -70,12 +72,12 @@ def dq_kernel(
     # k_full and v_full apart, for S can start before the values are there; both buffers are free at the same time.
     barriers = (make_barriers(1, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 1), make_barriers(STAGES, 2))
 
-    at = dq + batch.to(gl.int64) * dq_stride_b + head.to(gl.int64) * dq_stride_h
+    at = batch.to(gl.int64) * dq_stride_b + head.to(gl.int64) * dq_stride_h
     first_statistic = (batch * gl.num_programs(1) + head).to(gl.int64) * padded_rows
     statistics = (lse + first_statistic, delta + first_statistic)
     bounds = (begin, end, anchor_begin, anchor_end)
     shape = (rows, batch * mask_stride * rows, scale)
-    output = (at, dq_stride_s)
+    output = (dq + at, dq_base + at, dq_stride_s)
     # fmt: off
     gl.warp_specialize([
         (_consumer, (0, buffers, barriers, walk, tile, lists, bounds, statistics, shape, output, ACCUMULATE)),
@@ -132,7 +134,7 @@ def _consumer(
     tested, count, entry = walk
     lse_at, delta_at = statistics
     rows, mask_at, scale = shape
-    at, stride = output
+    at, base, stride = output
     STAGES: gl.constexpr = k_smem.shape[0]
     ROWS: gl.constexpr = q_smem.shape[2]
     DIM: gl.constexpr = q_smem.shape[4]
@@ -169,6 +171,6 @@ def _consumer(
             ds = gl.convert_layout(ds, gl.DotOperandLayout(0, sum_layout, 2))
             total = warpgroup_mma_wait(0, deps=[warpgroup_mma(ds, k, total, is_async=True)])
             mbarrier.arrive(empty.index(slot), count=1)
-        write_rows(at, stride, first_row, rows, total * scale, ACCUMULATE)
-    elif not ACCUMULATE:
-        write_rows(at, stride, first_row, rows, total, False)
+        write_rows(at, base, stride, first_row, rows, total * scale, ACCUMULATE)
+    else:
+        write_rows(at, base, stride, first_row, rows, total, ACCUMULATE)

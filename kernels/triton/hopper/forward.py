@@ -33,6 +33,8 @@ _LN_2 = gl.constexpr(math.log(2.0))
         "row_tiles",
         "section",
         "mask_stride",
+        "lists_stride_b",
+        "lists_stride_h",
         "out_stride_b",
         "lse_stride_b",
         "lse_stride_h",
@@ -49,6 +51,8 @@ def forward_kernel(
     lse,  # [B, H, S]
     lse_stride_b,
     lse_stride_h,
+    out_base,  # what to merge with, in the places of out and lse: they themselves, or others in fp32
+    lse_base,
     begin,  # the mask's bounds, [mask batch, S]
     end,
     anchor_begin,
@@ -59,6 +63,8 @@ def forward_kernel(
     partial_tiles,
     longest_first,
     mask_stride,  # 0 where the whole batch shares one mask, else 1
+    lists_stride_b,  # rows of lists from one batch element to the next, and from head to head; 0 where they share
+    lists_stride_h,
     rows,
     keys,
     offset,
@@ -69,7 +75,7 @@ def forward_kernel(
     section,  # heads whose keys and values fit in the L2 cache
     scale,
     LISTS: gl.constexpr,  # visit the tiles of the lists; else row q sees [0, min(q + 1 + offset, keys))
-    ACCUMULATE: gl.constexpr,  # merge into what out and lse hold
+    ACCUMULATE: gl.constexpr,  # merge with what out_base and lse_base hold
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -83,11 +89,23 @@ def forward_kernel(
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
     v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
-    shape = (rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride)
+    shape = (
+        rows,
+        keys,
+        offset,
+        heads,
+        group,
+        batch_heads,
+        row_tiles,
+        section,
+        mask_stride,
+        lists_stride_b,
+        lists_stride_h,
+    )
     lists = (full_start, full_tiles, partial_start, partial_tiles, longest_first)
     bounds = (begin, end, anchor_begin, anchor_end)
     scale_log2 = scale * LOG2_E
-    outputs = (out, out_stride_b, out_stride_s, out_stride_h, lse, lse_stride_b, lse_stride_h)
+    outputs = (out, out_base, out_stride_b, out_stride_s, out_stride_h, lse, lse_base, lse_stride_b, lse_stride_h)
     # The first entry runs in the warps that the kernel was launched with, and takes the registers that are left. The
     # arguments are spelled out each time: constants survive only in a tuple that is never assigned to a name.
     # fmt: off
@@ -123,7 +141,9 @@ def _producer(
     """Fills the buffers, in the order in which the consumers read them."""
     q_smem, k_smem, v_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
-    rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride = shape
+    rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride, lists_stride_b, lists_stride_h = (
+        shape
+    )
     ROWS: gl.constexpr = q_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[1]
 
@@ -132,7 +152,7 @@ def _producer(
     q_phase = 1  # new barriers count as empty
     for round in range(rounds(batch_heads * row_tiles)):
         batch, head, tile = row_tile(task(round), shape, lists, LISTS)
-        found = key_tiles(batch, tile, shape, lists, LISTS, CONSUMERS * ROWS, BLOCK_N)
+        found = key_tiles(batch, head, tile, shape, lists, LISTS, CONSUMERS * ROWS, BLOCK_N)
         first_value = 0
         for step in range(gl.maximum(found[1], 1)):
             first_key = key_tile(step, found, shape, lists, LISTS, BLOCK_N) * BLOCK_N
@@ -172,7 +192,9 @@ def _consumer(
     """Computes its 64 rows of each row tile."""
     q_smem, k_smem, v_smem = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
-    rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride = shape
+    rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride, lists_stride_b, lists_stride_h = (
+        shape
+    )
     ROWS: gl.constexpr = q_smem.shape[2]
     DIM: gl.constexpr = q_smem.shape[4]
     BLOCK_N: gl.constexpr = k_smem.shape[2]
@@ -184,7 +206,7 @@ def _consumer(
     q_phase = 0
     for round in range(rounds(batch_heads * row_tiles)):
         batch, head, tile = row_tile(task(round), shape, lists, LISTS)
-        found = key_tiles(batch, tile, shape, lists, LISTS, CONSUMERS * ROWS, BLOCK_N)
+        found = key_tiles(batch, head, tile, shape, lists, LISTS, CONSUMERS * ROWS, BLOCK_N)
         first_row = (tile * CONSUMERS + who) * ROWS
         row = first_row + gl.arange(0, ROWS, row_layout)
         limits = row_limits(row, rows, keys, offset, bounds, batch * mask_stride * rows, LISTS)
@@ -326,16 +348,16 @@ def _thread_sums(weights):
 
 @gluon.jit
 def _store(out, highest, weight, batch, head, first_row, rows, outputs, ACCUMULATE: gl.constexpr):
-    """Normalises, merges with what is there if asked, and writes straight from registers."""
-    out_base, out_stride_b, out_stride_s, out_stride_h, lse_base, lse_stride_b, lse_stride_h = outputs
+    """Normalises, merges with a base if asked, and writes straight from registers."""
+    out_to, out_base, out_stride_b, out_stride_s, out_stride_h, lse_to, lse_base, lse_stride_b, lse_stride_h = outputs
     row_layout: gl.constexpr = gl.SliceLayout(1, out.type.layout)
     highest, weight = gl.convert_layout(highest, row_layout), gl.convert_layout(weight, row_layout)
     row = first_row + gl.arange(0, out.shape[0], row_layout)
     column = gl.arange(0, out.shape[1], gl.SliceLayout(0, out.type.layout))
     present = row < rows
     # 64 bits: a tensor may have more than 2^31 elements.
-    lse_at = lse_base + batch.to(gl.int64) * lse_stride_b + head.to(gl.int64) * lse_stride_h + row
-    out_at = out_base + batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h
+    lse_at = batch.to(gl.int64) * lse_stride_b + head.to(gl.int64) * lse_stride_h + row
+    out_at = batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h
     out_at = out_at + ((row.to(gl.int64) * out_stride_s)[:, None] + column[None, :])
 
     blind = weight == 0
@@ -343,10 +365,10 @@ def _store(out, highest, weight, batch, head, first_row, rows, outputs, ACCUMULA
     part_lse = gl.where(blind, float("-inf"), (highest + gl.log2(weight)) * _LN_2)
     part = out * (1.0 / weight)[:, None]
     if ACCUMULATE:
-        old_lse = gl.load(lse_at, mask=present, other=float("-inf"))
+        old_lse = gl.load(lse_base + lse_at, mask=present, other=float("-inf"))
         merged, old_weight, part_weight = merge_weights(old_lse, part_lse)
-        old = gl.load(out_at, mask=present[:, None], other=0.0)
+        old = gl.load(out_base + out_at, mask=present[:, None], other=0.0)
         part = old * old_weight[:, None] + part * part_weight[:, None]
         part_lse = merged
-    gl.store(lse_at, part_lse, mask=present)
-    gl.store(out_at, part.to(out_base.dtype.element_ty), mask=present[:, None])
+    gl.store(lse_to + lse_at, part_lse, mask=present)
+    gl.store(out_to + out_at, part.to(out_to.dtype.element_ty), mask=present[:, None])

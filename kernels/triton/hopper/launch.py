@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from farspan.kernels.tiles import TILE, TileLists, TileMap
+from farspan.kernels.tiles import TILE, TileLists
 from farspan.kernels.triton.hopper.dkdv import dkdv_kernel
 from farspan.kernels.triton.hopper.dq import dq_kernel
 from farspan.kernels.triton.hopper.forward import forward_kernel
@@ -18,17 +18,17 @@ from farspan.kernels.triton.hopper.one_pass import one_pass_kernel
 from farspan.kernels.triton.hopper.shapes import dkdv_shape, dq_stages, forward_shape, one_pass_shape
 from farspan.kernels.triton.hopper.statistics import statistics_kernel
 from farspan.kernels.triton.hopper.sums import finish_kernel
+from farspan.kernels.triton.selected import SelectedTiles, Tiles
 from farspan.kernels.triton.tensors import rows_in_steps_of_16_bytes, strided
 
 # Keys and values that heads in flight may share of the L2 cache: half of it on an H200.
 _L2_BYTES = 24 << 20
 
 
-def takes(q: Tensor, v: Tensor, sparse: bool) -> bool:
-    """Whether these kernels compute such tensors, under a sparse index or not; the portable ones compute the rest."""
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether these kernels compute such tensors; the portable ones compute the rest."""
     return (
-        not sparse
-        and q.device.type == "cuda"
+        q.device.type == "cuda"
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] == v.shape[3]
@@ -37,9 +37,16 @@ def takes(q: Tensor, v: Tensor, sparse: bool) -> bool:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: TileMap, scale: float, out: Tensor, lse: Tensor, accumulate: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tiles,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    base: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Writes out `[B, S, H, D]` and lse `[B, H, S]`, or merges into them."""
+    """Writes out `[B, S, H, D]` and lse `[B, H, S]` of tiles, merged with `base`: they themselves, or alike in fp32."""
     q, k, v = (rows_in_steps_of_16_bytes(x) for x in (q, k, v))
     batch, rows, heads, dim = q.shape
     keys, group = k.shape[1], heads // k.shape[2]
@@ -57,6 +64,7 @@ def forward(
         _descriptor(v, shape.keys),
         *strided(out, (0, 1, 2)),
         *strided(lse, (0, 1)),
+        *(base or (out, lse)),
         *_mask_arguments(tiles, lists),
         rows=rows,
         keys=keys,
@@ -68,7 +76,7 @@ def forward(
         section=min(batch * heads, group * max(1, _L2_BYTES // (2 * keys * dim * q.itemsize))),
         scale=scale,
         LISTS=lists is not None,
-        ACCUMULATE=accumulate,
+        ACCUMULATE=base is not None,
         CONSUMERS=shape.consumers,
         STAGES=shape.stages,
         PRODUCER_REGISTERS=shape.producer_registers,
@@ -85,19 +93,20 @@ def backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    tiles: TileMap,
+    tiles: Tiles,
     scale: float,
     gradients: tuple[Tensor, Tensor, Tensor],
-    accumulate: tuple[bool, bool, bool],
+    bases: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
-    """Writes dq, dk and dv, or adds to them."""
+    """Writes dq, dk and dv of tiles, plus their bases: they themselves or, except under a dense mask, alike in fp32."""
     dout, q, k, v = (rows_in_steps_of_16_bytes(x) for x in (dout, q, k, v))
     statistics = _statistics(lse, delta)
     if tiles.offset is not None:
-        _one_pass(dout, q, k, v, statistics, tiles.offset, scale, gradients, accumulate)
+        adds = (bases[0] is not None, bases[1] is not None, bases[2] is not None)
+        _one_pass(dout, q, k, v, statistics, tiles.offset, scale, gradients, adds)
     else:
-        _gradient_of_queries(dout, q, k, v, statistics, tiles, scale, gradients[0], accumulate[0])
-        _gradients_of_keys(dout, q, k, v, statistics, tiles, scale, gradients[1:], accumulate[1:])
+        _gradient_of_queries(dout, q, k, v, statistics, tiles, scale, gradients[0], bases[0])
+        _gradients_of_keys(dout, q, k, v, statistics, tiles, scale, gradients[1:], bases[1:])
 
 
 def _statistics(lse: Tensor, delta: Tensor) -> Tensor:
@@ -169,10 +178,10 @@ def _gradient_of_queries(
     k: Tensor,
     v: Tensor,
     statistics: Tensor,
-    tiles: TileMap,
+    tiles: Tiles,
     scale: float,
     dq: Tensor,
-    accumulate: bool,
+    base: Tensor | None,
 ) -> None:
     batch, rows, heads, dim = q.shape
     dq_kernel[(-(-rows // TILE), heads, batch)](
@@ -183,12 +192,13 @@ def _gradient_of_queries(
         statistics[0],
         statistics[1],
         *strided(dq, (0, 1, 2)),
+        dq if base is None else base,
         *_mask_arguments(tiles, tiles.by_row),
         rows=rows,
         padded_rows=statistics.shape[-1],
         group=heads // k.shape[2],
         scale=scale,
-        ACCUMULATE=accumulate,
+        ACCUMULATE=base is not None,
         STAGES=dq_stages(dim),
         num_warps=4,
     )
@@ -200,10 +210,10 @@ def _gradients_of_keys(
     k: Tensor,
     v: Tensor,
     statistics: Tensor,
-    tiles: TileMap,
+    tiles: Tiles,
     scale: float,
     gradients: tuple[Tensor, Tensor],
-    accumulate: tuple[bool, bool],
+    bases: tuple[Tensor | None, Tensor | None],
 ) -> None:
     batch, keys, kv_heads, _ = k.shape
     rows, stages = dkdv_shape()
@@ -216,25 +226,27 @@ def _gradients_of_keys(
         _flat_descriptor(statistics[1], rows),
         *strided(gradients[0], (0, 1, 2)),
         *strided(gradients[1], (0, 1, 2)),
+        *(own if base is None else base for own, base in zip(gradients, bases, strict=True)),
         *_mask_arguments(tiles, tiles.by_key),
         rows=q.shape[1],
         keys=keys,
         padded_rows=statistics.shape[-1],
         scale=scale,
         GROUP=q.shape[2] // kv_heads,
-        ACCUMULATE_DK=accumulate[0],
-        ACCUMULATE_DV=accumulate[1],
+        SPARSE=isinstance(tiles, SelectedTiles),
+        ACCUMULATE_DK=bases[0] is not None,
+        ACCUMULATE_DV=bases[1] is not None,
         STAGES=stages,
         num_warps=4,
     )
 
 
-def _mask_arguments(tiles: TileMap, lists: TileLists | None) -> tuple[Any, ...]:
-    """The mask's bounds, the lists of one side, and the step from one batch element's mask to the next."""
+def _mask_arguments(tiles: Tiles, lists: TileLists | None) -> tuple[Any, ...]:
+    """The mask's bounds, the lists of one side, and the steps from one batch element to the next and between heads."""
     if lists is None:
-        return (None,) * 9 + (0,)
+        return (None,) * 9 + (0, 0, 0)
     starts = (lists.full_start, lists.full_tiles, lists.partial_start, lists.partial_tiles, lists.longest_first)
-    return (*tiles.mask.bounds, *starts, int(tiles.mask.batch > 1))
+    return (*tiles.mask.bounds, *starts, int(tiles.mask.batch > 1), *lists.strides)
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:

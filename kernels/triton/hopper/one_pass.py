@@ -229,13 +229,13 @@ def _consumer(
             dq = warpgroup_mma_wait(0, deps=[_start_dq(who, k_smem, ds_smem, ds_full, steps - 1, 0)])
             _add_dq(who, dq, sums, my_turn, steps - 1, row_tiles, BLOCK_M * DIM, GROUP)
             mbarrier.arrive(last_added.index(0), count=1)
-        write_rows(dk_at, dk_stride, first_key, keys, dk * scale, ACCUMULATE_DK)
-        write_rows(dv_at, dv_stride, first_key, keys, dv, ACCUMULATE_DV)
+        write_rows(dk_at, dk_at, dk_stride, first_key, keys, dk * scale, ACCUMULATE_DK)
+        write_rows(dv_at, dv_at, dv_stride, first_key, keys, dv, ACCUMULATE_DV)
     else:
         if not ACCUMULATE_DK:
-            write_rows(dk_at, dk_stride, first_key, keys, dk, False)
+            write_rows(dk_at, dk_at, dk_stride, first_key, keys, dk, False)
         if not ACCUMULATE_DV:
-            write_rows(dv_at, dv_stride, first_key, keys, dv, False)
+            write_rows(dv_at, dv_at, dv_stride, first_key, keys, dv, False)
 
 
 @gluon.jit

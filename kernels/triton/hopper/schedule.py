@@ -31,7 +31,9 @@ def row_tile(number, shape, lists, LISTS: gl.constexpr):
     Heads come in sections whose keys and values fit in the L2 cache. Within a section the longest row tile of every
     head goes first, which under a causal mask is the last one, and heads that share keys are neighbours.
     """
-    rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride = shape
+    rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride, lists_stride_b, lists_stride_h = (
+        shape
+    )
     section_tasks = section * row_tiles
     first = number // section_tasks * section
     within = number % section_tasks
@@ -45,17 +47,19 @@ def row_tile(number, shape, lists, LISTS: gl.constexpr):
 
 
 @gluon.jit
-def key_tiles(batch, tile, shape, lists, LISTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def key_tiles(batch, head, tile, shape, lists, LISTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Of a row tile: how many partial tiles, how many in all, and where its lists of partial and full ones begin."""
-    rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride = shape
+    rows, keys, offset, heads, group, batch_heads, row_tiles, section, mask_stride, lists_stride_b, lists_stride_h = (
+        shape
+    )
     partial_at = 0
     full_at = 0
     if LISTS:
         full_start, full_tiles, partial_start, partial_tiles, longest_first = lists
-        entry = batch * mask_stride * row_tiles + tile
+        entry = (batch * lists_stride_b + head * lists_stride_h) * row_tiles + tile
         partial_at, full_at = gl.load(partial_start + entry), gl.load(full_start + entry)
-        n_partial = gl.load(partial_start + entry + 1) - partial_at
-        n_tiles = n_partial + gl.load(full_start + entry + 1) - full_at
+        n_partial = (gl.load(partial_start + entry + 1) - partial_at).to(gl.int32)
+        n_tiles = n_partial + (gl.load(full_start + entry + 1) - full_at).to(gl.int32)
     else:
         first = tile * BLOCK_M
         seen_by_first = gl.minimum(gl.maximum(first + 1 + offset, 0), keys)
@@ -87,9 +91,9 @@ def key_tile(step, found, shape, lists, LISTS: gl.constexpr, BLOCK_N: gl.constex
 def listed_walk(lists, entry, BLOCK: gl.constexpr):
     """Of a list entry: how many blocks are tested, which come first, and how many there are; a tile is TILE / BLOCK."""
     full_start, full_tiles, partial_start, partial_tiles = lists
-    tested = (gl.load(partial_start + entry + 1) - gl.load(partial_start + entry)) * (_TILE // BLOCK)
-    full = (gl.load(full_start + entry + 1) - gl.load(full_start + entry)) * (_TILE // BLOCK)
-    return tested, tested + full
+    tested = gl.load(partial_start + entry + 1) - gl.load(partial_start + entry)
+    full = gl.load(full_start + entry + 1) - gl.load(full_start + entry)
+    return tested.to(gl.int32) * (_TILE // BLOCK), (tested + full).to(gl.int32) * (_TILE // BLOCK)
 
 
 @gluon.jit

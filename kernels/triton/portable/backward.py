@@ -10,11 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton.portable.columns import column_walk, gathered
+from farspan.kernels.triton.portable.columns import chosen, column_walk, gathered
 from farspan.kernels.triton.portable.walk import (
     block_of,
     key_walk,
     listed_place,
+    of_member,
     row_bounds,
     row_statistics,
     row_walk,
@@ -60,9 +61,15 @@ def dq_kernel(
     v_stride_h,
     v_stride_s,
     column_slots,  # Columns
+    column_at,
     column_first,
     column_stop,
-    selected,
+    columns_stride_b,
+    table,  # Selection
+    table_stride_b,
+    table_stride_h,
+    table_places,
+    row_at,
     most,  # columns of a head
     rows,
     keys,
@@ -70,6 +77,7 @@ def dq_kernel(
     scale,
     scale_log2,
     GROUP: tl.constexpr,
+    TILES: tl.constexpr,
     LISTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -89,8 +97,8 @@ def dq_kernel(
     SPLIT: tl.constexpr = TILE // BLOCK_N if LISTS else 1
     # fmt: off
     first_row, full_list, full_first, full_stop, partial_list, partial_first, partial_stop = row_walk(
-        lists, rows, keys, offset, full_start, full_tiles, partial_start, partial_tiles, longest_first,
-        LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
+        lists, batch * mask_stride, rows, keys, offset, full_start, full_tiles, partial_start, partial_tiles,
+        longest_first, TILES, LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
     )
     # fmt: on
     row = first_row + tl.arange(0, BLOCK_M)
@@ -126,13 +134,15 @@ def dq_kernel(
 
     if COLUMNS:
         # fmt: off
-        slots, first_column, stop_column, tiles = column_walk(
-            lists, first_row, rows, keys, most, column_slots, column_first, column_stop, selected, TILE
+        slots, slots_at, first_column, stop_column, of_head, row_place = column_walk(
+            batch, head, first_row, rows, most, column_slots, column_at, columns_stride_b, column_first, column_stop,
+            table, table_stride_b, table_stride_h, row_at, TILE,
         )
         for i in tl.range(first_column, stop_column, BLOCK_N):
             place = i + tl.arange(0, BLOCK_N)
             slot = tl.load(slots + place, mask=place < stop_column, other=keys)
-            wanted = tl.load(tiles + slot // TILE, mask=slot < keys, other=1) == 0
+            column_place = row_place + tl.load(slots_at + place, mask=place < stop_column, other=0)
+            wanted = (slot < keys) & ~chosen(of_head, column_place, table_places)
             k = gathered(k_rows, k_stride_b, k_stride_h, k_stride_s, batch, kv_head, slot, wanted, DIM, PADDED_DIM)
             v = gathered(
                 v_rows, v_stride_b, v_stride_h, v_stride_s, batch, kv_head, slot, wanted, VALUE_DIM, PADDED_VALUE_DIM
@@ -180,7 +190,8 @@ def dkdv_kernel(
     mask_stride,
     lists_stride_b,
     lists_stride_h,
-    column_places,  # Columns.places
+    column_places,  # SelectedTiles.columns
+    columns_stride_b,
     dk_columns,  # [B, H, most, D]: what each query head gives to its columns, as made by the column kernel
     dv_columns,  # [B, H, most, Dv]
     most,
@@ -190,7 +201,9 @@ def dkdv_kernel(
     scale,
     scale_log2,
     GROUP: tl.constexpr,
+    TILES: tl.constexpr,
     LISTS: tl.constexpr,
+    SPARSE: tl.constexpr,  # the lists are of a sparse index
     COLUMNS: tl.constexpr,
     ACCUMULATE_DK: tl.constexpr,
     ACCUMULATE_DV: tl.constexpr,
@@ -207,9 +220,7 @@ def dkdv_kernel(
     kv_head, batch = tl.program_id(1), tl.program_id(2)
     SPLIT: tl.constexpr = TILE // BLOCK_M if LISTS else 1
     if LISTS:
-        lists = batch * lists_stride_b + kv_head * GROUP * lists_stride_h
-        order = tl.where(lists_stride_h == 0, lists, lists // GROUP)
-        first_key = listed_place(order, keys, longest_first, TILE, BLOCK_N)
+        first_key = listed_place(batch * mask_stride, keys, longest_first, TILE, BLOCK_N)
     else:
         first_key = tl.program_id(0) * BLOCK_N
     key = first_key + tl.arange(0, BLOCK_N)
@@ -222,9 +233,9 @@ def dkdv_kernel(
     if COLUMNS:
         for member in tl.range(0, GROUP):
             head = kv_head * GROUP + member
-            member_lists = (batch * lists_stride_b + head * lists_stride_h).to(tl.int64)
-            place = tl.load(column_places + member_lists * (keys + 1) + key, mask=key < keys, other=0) - 1
             heads = tl.num_programs(1) * GROUP
+            of_head = (batch * columns_stride_b + head).to(tl.int64) * (keys + 1)
+            place = tl.load(column_places + of_head + key, mask=key < keys, other=0) - 1
             # fmt: off
             dk_total += gathered(
                 dk_columns, heads * most * DIM, most * DIM, DIM, batch, head, place, place >= 0, DIM, PADDED_DIM
@@ -234,16 +245,17 @@ def dkdv_kernel(
                 VALUE_DIM, PADDED_VALUE_DIM,
             )
             # fmt: on
-    for member in tl.range(0, GROUP):
-        head = kv_head * GROUP + member
+    # Lists of a sparse index name the member of the group with each tile, so they are walked once.
+    for walk in tl.range(0, 1 if SPARSE else GROUP):
         # fmt: off
         full_list, full_first, full_stop, partial_list, partial_first, partial_stop = key_walk(
-            batch * lists_stride_b + head * lists_stride_h, first_key, rows, keys, offset,
-            full_start, full_tiles, partial_start, partial_tiles, LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
+            batch * lists_stride_b + kv_head * lists_stride_h, first_key, rows, keys, offset,
+            full_start, full_tiles, partial_start, partial_tiles, TILES, LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
         )
         # fmt: on
         for i in tl.range(partial_first, partial_stop):
             first_row = block_of(partial_list, i, LISTS, SPLIT, TILE, BLOCK_M)
+            head, first_row = of_member(kv_head * GROUP, walk, first_row, rows, SPARSE, TILE)
             q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
             dout = dout_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_VALUE_DIM)
             row = first_row + tl.arange(0, BLOCK_M)
@@ -261,6 +273,7 @@ def dkdv_kernel(
             dk_total = tl.dot(ds.to(q.dtype), q, dk_total, input_precision=PRECISION)
         for i in tl.range(full_first, full_stop):
             first_row = block_of(full_list, i, LISTS, SPLIT, TILE, BLOCK_M)
+            head, first_row = of_member(kv_head * GROUP, walk, first_row, rows, SPARSE, TILE)
             q = q_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_DIM)
             dout = dout_desc.load([batch, head, first_row, 0]).reshape(BLOCK_M, PADDED_VALUE_DIM)
             row = first_row + tl.arange(0, BLOCK_M)

@@ -13,13 +13,35 @@ from farspan.kernels.triton.portable.walk import row_bounds, row_statistics, vis
 
 @triton.jit
 def column_walk(
-    lists, first_row, rows, keys, most, column_slots, column_first, column_stop, selected, TILE: tl.constexpr
+    batch,
+    head,
+    first_row,
+    rows,
+    most,
+    column_slots,
+    column_at,
+    columns_stride_b,
+    column_first,
+    column_stop,
+    table,
+    table_stride_b,
+    table_stride_h,
+    row_at,
+    TILE: tl.constexpr,
 ):
-    """A head's columns, those that a row of the tile may see as `[first, stop)` of them, and the tiles of its rows."""
-    entry = lists * tl.cdiv(rows, TILE) + first_row // TILE
-    slots = column_slots + lists.to(tl.int64) * most
-    tiles = selected + entry.to(tl.int64) * tl.cdiv(keys, TILE)
-    return slots, tl.load(column_first + entry), tl.load(column_stop + entry), tiles
+    """A head's columns, those that a row of the tile may see as `[first, stop)` of them, and the tile's selection."""
+    of_head = (batch * columns_stride_b + head).to(tl.int64) * most
+    entry = (batch * tl.num_programs(1) + head) * tl.cdiv(rows, TILE) + first_row // TILE
+    table += batch.to(tl.int64) * table_stride_b + head.to(tl.int64) * table_stride_h
+    row_place = tl.load(row_at + first_row // TILE)
+    first, stop = tl.load(column_first + entry), tl.load(column_stop + entry)
+    return column_slots + of_head, column_at + of_head, first, stop, table, row_place
+
+
+@triton.jit
+def chosen(table, place, places):
+    """Whether tiles are selected, see `Selection`."""
+    return tl.load(table + place, mask=(place >= 0) & (place < places), other=0) != 0
 
 
 @triton.jit
@@ -56,11 +78,15 @@ def column_kernel(
     anchor_end,
     mask_stride,
     column_slots,  # Columns
+    column_at,
+    columns_stride_b,
     first_tile,  # of each group, the row tiles that may see it
     stop_tile,
-    selected,  # [B or 1, H, row tiles, key tiles]
-    lists_stride_b,
-    lists_stride_h,
+    table,  # Selection
+    table_stride_b,
+    table_stride_h,
+    table_places,
+    row_at,
     most,
     shares,
     rows,
@@ -78,12 +104,12 @@ def column_kernel(
 ):
     """What one query head gives to dk and dv of a group of its columns, over one share of the rows that see them."""
     head, batch = tl.program_id(1), tl.program_id(2)
-    lists = batch * lists_stride_b + head * lists_stride_h
+    of_head = (batch * columns_stride_b + head).to(tl.int64) * most
+    table += batch.to(tl.int64) * table_stride_b + head.to(tl.int64) * table_stride_h
     group, share = tl.program_id(0) // shares, tl.program_id(0) % shares
     place = group * BLOCK_N + tl.arange(0, BLOCK_N)
-    slot = tl.load(column_slots + lists.to(tl.int64) * most + place, mask=place < most, other=keys)
-    key_tiles = tl.cdiv(keys, TILE)
-    tiles = selected + lists.to(tl.int64) * tl.cdiv(rows, TILE) * key_tiles + slot // TILE
+    slot = tl.load(column_slots + of_head + place, mask=place < most, other=keys)
+    slot_at = tl.load(column_at + of_head + place, mask=place < most, other=0)
     k_group = gathered(k, k_stride_b, k_stride_h, k_stride_s, batch, head // GROUP, slot, slot < keys, DIM, PADDED_DIM)
     v_group = gathered(
         v, v_stride_b, v_stride_h, v_stride_s, batch, head // GROUP, slot, slot < keys, VALUE_DIM, PADDED_VALUE_DIM
@@ -91,7 +117,7 @@ def column_kernel(
     dk_total = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
     dv_total = tl.zeros([BLOCK_N, PADDED_VALUE_DIM], tl.float32)
 
-    entry = lists * tl.cdiv(most, BLOCK_N) + group
+    entry = (batch * tl.num_programs(1) + head) * tl.cdiv(most, BLOCK_N) + group
     first, stop = tl.load(first_tile + entry), tl.load(stop_tile + entry)
     step = tl.cdiv(tl.maximum(stop - first, 0), shares)
     first += share * step
@@ -105,7 +131,7 @@ def column_kernel(
             lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, batch, head, row, rows
         )
         bounds = row_bounds(row, rows, keys, 0, begin, end, anchor_begin, anchor_end, batch * mask_stride * rows, True)
-        wanted = tl.load(tiles + first_row // TILE * key_tiles, mask=slot < keys, other=1) == 0
+        wanted = (slot < keys) & ~chosen(table, tl.load(row_at + first_row // TILE) + slot_at, table_places)
         scores = tl.dot(k_group, q.T, input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - row_lse[None, :])
         p = tl.where(visible(slot, bounds, 1) & wanted[:, None], p, 0.0)

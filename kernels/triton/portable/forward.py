@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farspan.kernels.triton.portable.columns import column_walk, gathered
+from farspan.kernels.triton.portable.columns import chosen, column_walk, gathered
 from farspan.kernels.triton.portable.walk import block_of, row_bounds, row_walk, visible
 from farspan.kernels.triton.rows import merge_weights
 
@@ -50,15 +50,22 @@ def forward_kernel(
     v_stride_h,
     v_stride_s,
     column_slots,  # Columns
+    column_at,
     column_first,
     column_stop,
-    selected,
+    columns_stride_b,
+    table,  # Selection
+    table_stride_b,
+    table_stride_h,
+    table_places,
+    row_at,
     most,  # columns of a head
     rows,
     keys,
     offset,
     scale_log2,
     GROUP: tl.constexpr,  # query heads that read one kv head
+    TILES: tl.constexpr,  # else nothing but columns
     LISTS: tl.constexpr,  # visit the tiles of the lists; else row q sees [0, min(q + 1 + offset, keys))
     COLUMNS: tl.constexpr,  # a sparse index has columns besides its tiles
     ACCUMULATE: tl.constexpr,  # merge into what out and lse hold
@@ -77,8 +84,8 @@ def forward_kernel(
     SPLIT: tl.constexpr = TILE // BLOCK_N if LISTS else 1
     # fmt: off
     first_row, full_list, full_first, full_stop, partial_list, partial_first, partial_stop = row_walk(
-        lists, rows, keys, offset, full_start, full_tiles, partial_start, partial_tiles, longest_first,
-        LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
+        lists, batch * mask_stride, rows, keys, offset, full_start, full_tiles, partial_start, partial_tiles,
+        longest_first, TILES, LISTS, SPLIT, TILE, BLOCK_M, BLOCK_N,
     )
     # fmt: on
     row = first_row + tl.arange(0, BLOCK_M)
@@ -109,13 +116,15 @@ def forward_kernel(
 
     if COLUMNS:
         # fmt: off
-        slots, first_column, stop_column, tiles = column_walk(
-            lists, first_row, rows, keys, most, column_slots, column_first, column_stop, selected, TILE
+        slots, slots_at, first_column, stop_column, of_head, row_place = column_walk(
+            batch, head, first_row, rows, most, column_slots, column_at, columns_stride_b, column_first, column_stop,
+            table, table_stride_b, table_stride_h, row_at, TILE,
         )
         for i in tl.range(first_column, stop_column, BLOCK_N):
             place = i + tl.arange(0, BLOCK_N)
             slot = tl.load(slots + place, mask=place < stop_column, other=keys)
-            wanted = tl.load(tiles + slot // TILE, mask=slot < keys, other=1) == 0
+            column_place = row_place + tl.load(slots_at + place, mask=place < stop_column, other=0)
+            wanted = (slot < keys) & ~chosen(of_head, column_place, table_places)
             k = gathered(k_rows, k_stride_b, k_stride_h, k_stride_s, batch, kv_head, slot, wanted, DIM, PADDED_DIM)
             v = gathered(
                 v_rows, v_stride_b, v_stride_h, v_stride_s, batch, kv_head, slot, wanted, VALUE_DIM, PADDED_VALUE_DIM

@@ -10,16 +10,18 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from farspan.kernels.tiles import TILE, TileMap
+from farspan.kernels.tiles import TILE
 from farspan.kernels.triton.portable.backward import dkdv_kernel, dq_kernel
 from farspan.kernels.triton.portable.columns import column_kernel
 from farspan.kernels.triton.portable.forward import forward_kernel
 from farspan.kernels.triton.portable.shapes import Shape, column_shape, dkdv_shape, dq_shape, forward_shape
-from farspan.kernels.triton.selected import Columns, SelectedTiles
+from farspan.kernels.triton.selected import Columns, SelectedTiles, Tiles
 from farspan.kernels.triton.tensors import rows_in_steps_of_16_bytes, strided
 
-Tiles = TileMap | SelectedTiles
-
+_OF_COLUMNS = (
+    *("column_slots", "column_at", "columns_stride_b", "table", "table_stride_b", "table_stride_h", "table_places"),
+    *("row_at", "most"),
+)
 # Programs that keep a large GPU busy several times over: heads with few columns share out their rows.
 _COLUMN_PROGRAMS = 1024
 # Row tiles that are worth a program.
@@ -27,9 +29,17 @@ _COLUMN_ROW_TILES = 16
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, out: Tensor, lse: Tensor, accumulate: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tiles,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    accumulate: bool,
+    columns_alone: bool = False,
 ) -> None:
-    """Writes out `[B, S, H, Dv]` and lse `[B, H, S]`, or merges into them."""
+    """Writes out `[B, S, H, Dv]` and lse `[B, H, S]`, or merges into them; of all, or of single columns alone."""
     batch, rows, heads, _ = q.shape
     shape = forward_shape(_widest(q, v), q.itemsize)
     forward_kernel[(_blocks(rows, shape.block_m, tiles), heads, batch)](
@@ -38,11 +48,12 @@ def forward(
         _descriptor(v, shape.block_n),
         *strided(out, (0, 2, 1)),
         *strided(lse, (0, 1)),
-        **_lists(tiles, by_row=True),
+        **_lists(tiles, True, columns_alone),
         **_columns(k, v, tiles),
         rows=rows,
         keys=k.shape[1],
         **_constants(q, k, v, scale, shape),
+        TILES=not columns_alone,
         ACCUMULATE=accumulate,
     )
 
@@ -58,11 +69,12 @@ def backward(
     scale: float,
     gradients: tuple[Tensor, Tensor, Tensor],
     accumulate: tuple[bool, bool, bool],
+    columns_alone: bool = False,
 ) -> None:
-    """Writes dq, dk and dv, or adds to them."""
+    """Writes dq, dk and dv, or adds to them; of all, or of single columns alone."""
     dq, dk, dv = gradients
-    gradient_of_queries(dout, q, k, v, lse, delta, tiles, scale, dq, accumulate[0])
-    gradients_of_keys(dout, q, k, v, lse, delta, tiles, scale, dk, dv, accumulate[1:])
+    gradient_of_queries(dout, q, k, v, lse, delta, tiles, scale, dq, accumulate[0], columns_alone)
+    gradients_of_keys(dout, q, k, v, lse, delta, tiles, scale, dk, dv, accumulate[1:], columns_alone)
 
 
 def gradient_of_queries(
@@ -76,6 +88,7 @@ def gradient_of_queries(
     scale: float,
     dq: Tensor,
     accumulate: bool,
+    columns_alone: bool = False,
 ) -> None:
     batch, rows, heads, _ = q.shape
     shape = dq_shape(_widest(q, v), q.itemsize)
@@ -87,12 +100,13 @@ def gradient_of_queries(
         *strided(lse, (0, 1)),
         *strided(delta, (0, 1)),
         *strided(dq, (0, 2, 1)),
-        **_lists(tiles, by_row=True),
+        **_lists(tiles, True, columns_alone),
         **_columns(k, v, tiles),
         rows=rows,
         keys=k.shape[1],
         scale=scale,
         **_constants(q, k, v, scale, shape),
+        TILES=not columns_alone,
         ACCUMULATE=accumulate,
     )
 
@@ -109,6 +123,7 @@ def gradients_of_keys(
     dk: Tensor,
     dv: Tensor,
     accumulate: tuple[bool, bool],
+    columns_alone: bool = False,
 ) -> None:
     batch, keys, kv_heads, _ = k.shape
     of_columns = gradients_of_columns(dout, q, k, v, lse, delta, tiles, scale)
@@ -122,12 +137,14 @@ def gradients_of_keys(
         *strided(delta, (0, 1)),
         *strided(dk, (0, 2, 1)),
         *strided(dv, (0, 2, 1)),
-        **_lists(tiles, by_row=False),
+        **_lists(tiles, False, columns_alone),
         **of_columns,
         rows=q.shape[1],
         keys=keys,
         scale=scale,
         **_constants(q, k, v, scale, shape),
+        TILES=not columns_alone,
+        SPARSE=isinstance(tiles, SelectedTiles),
         COLUMNS=bool(of_columns["most"]),
         ACCUMULATE_DK=accumulate[0],
         ACCUMULATE_DV=accumulate[1],
@@ -145,9 +162,9 @@ def gradients_of_columns(
     scale: float,
 ) -> dict[str, Any]:
     """What each query head gives to dk / scale and dv of its columns, fp32 `[B, H, most, D]`, and where these are."""
-    columns = _columns_of(tiles)
+    columns, places = tiles.columns(with_places=True) if isinstance(tiles, SelectedTiles) else (None, None)
     if columns is None:
-        return {"column_places": None, "dk_columns": None, "dv_columns": None, "most": 0}
+        return {**dict.fromkeys(("column_places", "columns_stride_b", "dk_columns", "dv_columns")), "most": 0}
     batch, rows, heads, _ = q.shape
     shape = column_shape(_widest(q, v), q.itemsize)
     groups = triton.cdiv(columns.most, shape.block_n)
@@ -165,19 +182,16 @@ def gradients_of_columns(
         dv,
         *tiles.mask.bounds,
         int(tiles.mask.batch > 1),
-        columns.slots,
-        *columns.row_tiles(shape.block_n),
-        columns.tiles,
-        heads if len(columns.slots) > 1 else 0,
-        1,
-        most=columns.most,
+        **_of_columns(columns),
+        **dict(zip(("first_tile", "stop_tile"), columns.of_groups(shape.block_n))),
         shares=shares,
         rows=rows,
         keys=k.shape[1],
         **_constants(q, k, v, scale, shape),
     )
     return {
-        "column_places": columns.places(),
+        "column_places": places,
+        "columns_stride_b": heads if len(columns.slots) > 1 else 0,
         "dk_columns": dk.sum(0),
         "dv_columns": dv.sum(0),
         "most": columns.most,
@@ -189,15 +203,17 @@ def _blocks(length: int, block: int, tiles: Tiles) -> int:
     return triton.cdiv(length, block) if tiles.offset is not None else triton.cdiv(length, TILE) * (TILE // block)
 
 
-def _lists(tiles: Tiles, by_row: bool) -> dict[str, Any]:
+def _lists(tiles: Tiles, by_row: bool, unread: bool) -> dict[str, Any]:
     """The mask's bounds, the lists of one side, and the steps between rows of both."""
     mask = tiles.mask
     bounds = dict(zip(("begin", "end", "anchor_begin", "anchor_end"), mask.bounds))
     names = ("full_start", "full_tiles", "partial_start", "partial_tiles", "longest_first")
     common = {**bounds, "mask_stride": int(mask.batch > 1), "LISTS": tiles.offset is None}
-    if tiles.offset is not None:
-        unread = {**dict.fromkeys(names, mask.begin), "lists_stride_b": 0, "lists_stride_h": 0}
-        return {**common, **unread, "offset": tiles.offset}
+    if tiles.offset is not None or unread:
+        nothing = {**dict.fromkeys(names, mask.begin), "lists_stride_b": 0, "lists_stride_h": 0}
+        if isinstance(tiles, SelectedTiles):
+            nothing["longest_first"] = tiles.of_mask.row_order if by_row else tiles.of_mask.key_order
+        return {**common, **nothing, "offset": tiles.offset or 0}
     lists = tiles.by_row if by_row else tiles.by_key
     strides = dict(zip(("lists_stride_b", "lists_stride_h"), lists.strides))
     return {**common, **{name: getattr(lists, name) for name in names}, **strides, "offset": 0}
@@ -205,18 +221,22 @@ def _lists(tiles: Tiles, by_row: bool) -> dict[str, Any]:
 
 def _columns(k: Tensor, v: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What the kernels over rows need of a sparse index's columns."""
-    columns = _columns_of(tiles)
+    columns = tiles.columns()[0] if isinstance(tiles, SelectedTiles) else None
     names = ("k_rows", "k_stride_b", "k_stride_h", "k_stride_s", "v_rows", "v_stride_b", "v_stride_h", "v_stride_s")
-    of_columns = ("column_slots", "column_first", "column_stop", "selected", "most")
     if columns is None:
-        return {**dict.fromkeys((*names, *of_columns)), "COLUMNS": False}
-    values = (columns.slots, columns.first, columns.stop, columns.tiles, columns.most)
+        return {**dict.fromkeys((*names, *_OF_COLUMNS, "column_first", "column_stop")), "COLUMNS": False}
     rows = (*strided(rows_in_steps_of_16_bytes(k), (0, 2, 1)), *strided(rows_in_steps_of_16_bytes(v), (0, 2, 1)))
-    return {**dict(zip(names, rows)), **dict(zip(of_columns, values)), "COLUMNS": True}
+    ranges = dict(zip(("column_first", "column_stop"), columns.of_row_tiles))
+    return {**dict(zip(names, rows)), **_of_columns(columns), **ranges, "COLUMNS": True}
 
 
-def _columns_of(tiles: Tiles) -> Columns | None:
-    return tiles.columns if isinstance(tiles, SelectedTiles) else None
+def _of_columns(columns: Columns) -> dict[str, Any]:
+    selection = columns.selection
+    table = selection.table
+    heads = table.shape[1]
+    of_slots = (columns.slots, columns.at, heads if len(columns.slots) > 1 else 0)
+    of_table = (table.view(torch.uint8), table.stride(0) if len(table) > 1 else 0, table.stride(1), table.shape[2])
+    return dict(zip(_OF_COLUMNS, (*of_slots, *of_table, selection.row_at, columns.most)))
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor, scale: float, shape: Shape) -> dict[str, Any]:

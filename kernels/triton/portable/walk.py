@@ -9,9 +9,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def listed_place(lists, length, longest_first, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's first row or key, by the order of the tiles in row `lists` of `longest_first`."""
-    tile = tl.load(longest_first + lists * tl.cdiv(length, TILE) + tl.program_id(0) // (TILE // BLOCK))
+def listed_place(order, length, longest_first, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's first row or key, by the order of the tiles in row `order` of `longest_first`."""
+    tile = tl.load(longest_first + order * tl.cdiv(length, TILE) + tl.program_id(0) // (TILE // BLOCK))
     return tile * TILE + tl.program_id(0) % (TILE // BLOCK) * BLOCK
 
 
@@ -26,6 +26,7 @@ def listed(lists, first, length, start, tiles, SPLIT: tl.constexpr, TILE: tl.con
 @triton.jit
 def row_walk(
     lists,
+    order,
     rows,
     keys,
     offset,
@@ -34,6 +35,7 @@ def row_walk(
     partial_start,
     partial_tiles,
     longest_first,
+    TILES: tl.constexpr,
     LISTS: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
@@ -42,10 +44,13 @@ def row_walk(
 ):
     """This program's first row, and its blocks of keys: those seen in full, and those to be tested.
 
-    Of each kind the list, the first and one past the last; `lists` is the row of lists of the program's head.
+    Of each kind the list, the first and one past the last; none unless TILES. `lists` is the row of lists of the
+    program's head, and `order` that of its mask.
     """
     if LISTS:
-        first_row = listed_place(lists, rows, longest_first, TILE, BLOCK_M)
+        first_row = listed_place(order, rows, longest_first, TILE, BLOCK_M)
+        if not TILES:
+            return first_row, full_tiles, 0, 0, partial_tiles, 0, 0
         full_list, full_stop = listed(lists, first_row, rows, full_start, full_tiles, SPLIT, TILE)
         partial_list, partial_stop = listed(lists, first_row, rows, partial_start, partial_tiles, SPLIT, TILE)
         return first_row, full_list, 0, full_stop, partial_list, 0, partial_stop
@@ -67,6 +72,7 @@ def key_walk(
     full_tiles,
     partial_start,
     partial_tiles,
+    TILES: tl.constexpr,
     LISTS: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
@@ -74,6 +80,8 @@ def key_walk(
     BLOCK_N: tl.constexpr,
 ):
     """The blocks of rows of a program's keys, as those of keys in `row_walk`."""
+    if not TILES:
+        return full_tiles, 0, 0, partial_tiles, 0, 0
     if LISTS:
         full_list, full_stop = listed(lists, first_key, keys, full_start, full_tiles, SPLIT, TILE)
         partial_list, partial_stop = listed(lists, first_key, keys, partial_start, partial_tiles, SPLIT, TILE)
@@ -93,6 +101,16 @@ def block_of(tiles, i, LISTS: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.conste
         return tl.load(tiles + i // SPLIT) * TILE + i % SPLIT * BLOCK
     else:
         return i * BLOCK
+
+
+@triton.jit
+def of_member(first_head, walk, row, rows, SPARSE: tl.constexpr, TILE: tl.constexpr):
+    """Head and first row of a block: the lists of a sparse index count the tiles of all heads of a group on."""
+    if SPARSE:
+        padded = tl.cdiv(rows, TILE) * TILE
+        return first_head + row // padded, row % padded
+    else:
+        return first_head + walk, row
 
 
 @triton.jit
