@@ -6,7 +6,12 @@ TFLOP/s a GPU are the visible pairs' FLOPs over (the slowest rank's time x ranks
 document masks the cases, of LongCA-bench (arXiv:2510.17896). `scaling` is one GPU's time over (time x ranks), on the
 same total work. `exposed` is the share of the time in which no kernel computes, on the rank where it is smallest: the
 one that the others wait for. `idle` is that share on the rank where it is largest.
-Without GPUs it runs over gloo on CPUs with the reference backend, for trying the script out.
+
+    python benchmarks/context_parallel.py --density 0.05 --heads 16 --kv-heads 2 --plans ring,ulysses
+
+is sparse attention with the index of `sparse_attention.py`, in striped order: pairs are those that are computed, and of
+the kernels' measured times `worker` is the busiest rank over the mean, `lockstep` the sum over stages of the slowest
+rank's over it. Without GPUs it runs over gloo on CPUs with the reference backend, for trying the script out.
 """
 
 from __future__ import annotations
@@ -21,17 +26,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from attention_cases import make_mask
+from sparse_attention import drawn_index
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from farspan.kernels import IntervalMask
-from farspan.parallel import orders, plans
+from farspan.kernels.tiles import TILE
+from farspan.parallel import execute, index_work, orders, plans
 from farspan.parallel.execute import attention
 from farspan.parallel.orders import Order
 from farspan.parallel.plans import Topology
@@ -57,6 +65,8 @@ class Settings:
     gradient_wire: str
     backend: str
     trace: Path | None
+    density: float | None
+    columns: int
 
 
 def main() -> None:
@@ -70,6 +80,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=_numbers, default=(1, 2), help="numbers of GPUs, with commas")
     parser.add_argument("--gradient-wire", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--backend", default="triton" if torch.cuda.is_available() else "reference")
+    parser.add_argument("--density", type=float, help="sparse attention on this share of the causal tiles")
+    parser.add_argument("--columns", type=int, default=512, help="single keys of a head, with --density")
     parser.add_argument("--trace", type=Path, help="folder for a trace of each case and rank (chrome://tracing)")
     parser.add_argument("--output", type=Path, help="JSON lines are appended here")
     options = parser.parse_args()
@@ -78,12 +90,14 @@ def main() -> None:
         options.length,
         heads,
         options.head_dim,
-        options.masks,
+        options.masks if options.density is None else ("causal",),
         options.plans,
         options.gpus,
         options.gradient_wire,
         options.backend,
         options.trace,
+        options.density,
+        options.columns,
     )
     print_head(settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +160,9 @@ def cases(settings: Settings, mask_name: str) -> Iterator[Case]:
             if gpus < 4 and plan in ("hierarchical_ring", "usp"):  # would be one of the others
                 continue
             topology = Topology(inner=gpus // 2 if plan == "hierarchical_ring" else None, ulysses=gpus // 2)
-            yield Case(plan, mask_name, gpus, mask, _order(plan, mask_name, length, gpus), topology)
+            sparse = settings.density is not None
+            order = orders.striped(length, gpus, TILE) if sparse else _order(plan, mask_name, length, gpus)
+            yield Case(plan, mask_name, gpus, mask, order, topology)
 
 
 def _order(plan: str, mask_name: str, length: int, gpus: int) -> Order:
@@ -165,7 +181,11 @@ def measure(
     """Times are of the slowest rank."""
     plan = plans.build(case.plan, case.order, case.mask, settings.heads, case.topology, settings.gradient_wire)  # type: ignore[arg-type]
     report = verify(plan, case.order, case.mask, head_dim=settings.head_dim)
-    prepared = prepare(plan, case.order, case.mask, rank, device)
+    index, pairs = None, report.pairs * settings.heads[0]
+    if settings.density is not None:
+        index = drawn_index(settings.length, settings.heads[0], settings.density, settings.columns, device)
+        pairs = int(index_work.work(index, case.order).sum())
+    prepared = prepare(plan, case.order, case.mask, rank, device, sparse_block=None if index is None else TILE)
     generator = torch.Generator(device).manual_seed(rank)
 
     def draw(heads: int) -> Tensor:
@@ -178,7 +198,7 @@ def measure(
     graph: list[Tensor] = []
 
     def forward() -> None:
-        graph[:] = [attention(*inputs, prepared, given, backend=settings.backend)[0]]
+        graph[:] = [attention(*inputs, prepared, given, index=index, backend=settings.backend)[0]]
 
     def backward() -> None:
         torch.autograd.grad(graph[0], inputs, dout, retain_graph=True)
@@ -197,7 +217,9 @@ def measure(
         worst = torch.tensor([seconds, idle, -idle], dtype=torch.float64, device=device)
         dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
         seconds, idle, exposed = worst.tolist()
-        flops = products * settings.head_dim * settings.heads[0] * report.pairs
+        flops = products * settings.head_dim * pairs
+        if index is not None:
+            row |= balance(run, group, device, direction)
         row |= {
             f"{direction}_ms": seconds * 1e3,
             f"{direction}_tflops": flops / seconds / case.gpus / 1e12,
@@ -217,6 +239,33 @@ def timed(run: Any, group: dist.ProcessGroup, device: torch.device) -> float:
     run()
     _synchronize(device)
     return time.perf_counter() - begin
+
+
+def balance(run: Any, group: dist.ProcessGroup, device: torch.device, direction: str) -> dict[str, float]:
+    """Imbalance of the kernels' times: of the ranks' sums, and of the stages in lockstep."""
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def timed_kernel(kernel: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            events[-1][0].record()
+            results = kernel(*args, **options)
+            events[-1][1].record()
+            return results
+
+        return call
+
+    if device.type != "cuda":
+        return {}
+    kernels = {name: timed_kernel(getattr(execute, name)) for name in ("attend", "attend_backward")}
+    with mock.patch.multiple(execute, **kernels):
+        timed(run, group, device)
+    mine = torch.tensor([begin.elapsed_time(end) for begin, end in events], device=device)
+    times = mine.new_empty(group.size(), len(mine))
+    dist.all_gather_into_tensor(times, mine, group=group)
+    mean = times.sum() / len(times)
+    names = (f"{direction}_worker", f"{direction}_lockstep")
+    return dict(zip(names, (float(times.sum(1).max() / mean), float(times.amax(0).sum() / mean)), strict=True))
 
 
 def idle_share(
@@ -264,6 +313,8 @@ def line(row: dict[str, Any]) -> str:
         line += f"{row[f'{d}_ms']:>13.2f}{row[f'{d}_tflops']:>9.1f}"
         line += f"{'' if scaling is None else f'{scaling:.3f}':>9}{row[f'{d}_exposed']:>9.2%}{row[f'{d}_idle']:>9.2%}"
         line += f"{row[f'{d}_mb_sent']:>9.1f}"
+        if f"{d}_worker" in row:
+            line += f"  worker {row[f'{d}_worker']:.3f} lockstep {row[f'{d}_lockstep']:.3f}"
     return line + f"{row.get('peak_gib', float('nan')):>7.1f}"
 
 

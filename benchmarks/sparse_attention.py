@@ -133,6 +133,7 @@ class Inputs:
         )
         q, k, v, dout = (x.transpose(1, 2).detach() for x in (self.q, self.k, self.v, self.dout))
         inputs = [x.requires_grad_() for x in (q, k, v)]
+        torch._functorch.config.donated_buffer = False  # its backward runs more than once here
         compiled = torch.compile(flex_attention)
 
         def forward() -> Any:
@@ -147,19 +148,7 @@ class Inputs:
         return lambda: estimator(self.q, self.k)
 
     def index(self, density: float, columns: int) -> VerticalSlashIndex:
-        """Each head draws its own."""
-        blocks, draw = -(-self.length // TILE), np.random.default_rng(0)
-        tiles = np.arange(blocks, 0, -1)  # of each diagonal
-        diagonals = np.zeros((1, self.heads, blocks), bool)
-        for chosen in diagonals[0]:
-            chosen[:2] = True
-            while (chosen * tiles).sum() < density * tiles.sum():
-                chosen[int(np.exp(draw.uniform(0, np.log(blocks))))] = True
-        drawn = [np.sort(draw.choice(self.length, max(columns, 1), replace=False)) for _ in range(self.heads)]
-        listed = np.stack(drawn).astype(np.int32) if columns else np.full((self.heads, 1), self.length, np.int32)
-        return VerticalSlashIndex(
-            torch.from_numpy(diagonals).to(self.device), torch.from_numpy(listed)[None].to(self.device), self.length
-        )
+        return drawn_index(self.length, self.heads, density, columns, self.device)
 
 
 def sparse_row(inputs: Inputs, estimation: Pass, density: float, columns: int, flex: bool) -> dict[str, Any]:
@@ -171,6 +160,20 @@ def sparse_row(inputs: Inputs, estimation: Pass, density: float, columns: int, f
         row |= {f"tiles_{name}": ms for name, ms in measured(*inputs.sparse(tiles)).items()}
         row["flex_ms"] = measured(*inputs.flex(tiles))["layer_ms"]
     return row
+
+
+def drawn_index(length: int, heads: int, density: float, columns: int, device: torch.device) -> VerticalSlashIndex:
+    """Each head draws its own, the same on every run."""
+    blocks, draw = -(-length // TILE), np.random.default_rng(0)
+    tiles = np.arange(blocks, 0, -1)  # of each diagonal
+    diagonals = np.zeros((1, heads, blocks), bool)
+    for chosen in diagonals[0]:
+        chosen[:2] = True
+        while (chosen * tiles).sum() < density * tiles.sum():
+            chosen[int(np.exp(draw.uniform(0, np.log(blocks))))] = True
+    drawn = [np.sort(draw.choice(length, max(columns, 1), replace=False)) for _ in range(heads)]
+    listed = np.stack(drawn).astype(np.int32) if columns else np.full((heads, 1), length, np.int32)
+    return VerticalSlashIndex(torch.from_numpy(diagonals).to(device), torch.from_numpy(listed)[None].to(device), length)
 
 
 def measured(*passes: Pass) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from farspan.kernels import IntervalMask, to_device
 from farspan.kernels.estimate import Alone, Budgets, Holders, Probes, VerticalSlash, probe_positions, vertical_slash
-from farspan.kernels.estimate.select import shortest
+from farspan.kernels.estimate.select import shortest, strongest
 from farspan.kernels.index import VerticalSlashIndex
 from farspan.parallel.orders import Order
 
@@ -98,7 +98,7 @@ class _Group:
         targets = target.new_zeros(world * of_each)
         targets[:lines] = target
         first = self.group.rank() * of_each
-        chosen = shortest(mine, targets[first : first + of_each], most, nowhere)
+        chosen = shortest(strongest(mine, most), targets[first : first + of_each], nowhere)
         whole = chosen.new_empty(world * of_each, most)
         dist.all_gather_into_tensor(whole, chosen.contiguous(), group=self.group)
         return whole[:lines]

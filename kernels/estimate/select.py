@@ -16,12 +16,16 @@ def ranked(masses: Tensor, places: Tensor) -> Tensor:
     return (masses << PLACE_BITS) | (_LAST - places)
 
 
-def shortest(candidates: Tensor, target: Tensor, most: int, nowhere: int) -> Tensor:
-    """Places int32 `[..., most]` of the strongest of `candidates` (`ranked`, `[..., n]`) that reach `target` `[...]`.
+def strongest(candidates: Tensor, most: int) -> Tensor:
+    """The greatest `most` of `candidates` (`ranked`, `[..., n]`), or all where these are fewer, in descending order."""
+    return candidates.topk(min(most, candidates.shape[-1]), dim=-1).values
+
+
+def shortest(strongest: Tensor, target: Tensor, nowhere: int) -> Tensor:
+    """Places int32 `[..., n]` of those of `strongest` `[..., n]` that reach `target` `[...]` together.
 
     The one that crosses the target is among them. `nowhere` where fewer are needed.
     """
-    strongest = candidates.topk(most, dim=-1).values
     masses = strongest >> PLACE_BITS
     before = masses.cumsum(-1) - masses
     needed = (before < target[..., None]) & (masses > 0)

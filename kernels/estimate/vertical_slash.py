@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farspan.kernels.estimate import reference
 from farspan.kernels.estimate.probes import Probes
-from farspan.kernels.estimate.select import ranked, share, shortest
+from farspan.kernels.estimate.select import ranked, share, shortest, strongest
 from farspan.kernels.estimate.settings import VerticalSlash
 from farspan.kernels.estimate.units import PLACE_BITS, SUM_BITS, WEIGHT_BITS, mass_bits
 from farspan.kernels.index import VerticalSlashIndex, slots_of
@@ -43,7 +43,7 @@ class Holders(Protocol):
         """The elementwise sum of what each gives, int64."""
 
     def choose(self, candidates: Tensor, target: Tensor, most: int, nowhere: int) -> Tensor:
-        """`shortest` over the candidates `[lines, n]` of all; target `[lines]` is the same everywhere."""
+        """`shortest` of the `most` strongest of all: each gives its own `[lines, n]`, and the same target `[lines]`."""
 
 
 class Alone:
@@ -56,7 +56,7 @@ class Alone:
         return x
 
     def choose(self, candidates: Tensor, target: Tensor, most: int, nowhere: int) -> Tensor:
-        return shortest(candidates, target, most, nowhere)
+        return shortest(candidates[:, :most], target, nowhere)
 
 
 @torch.no_grad()
@@ -124,9 +124,8 @@ def _denominators(exponents: Tensor, sums: Tensor, holders: Holders) -> Tensor:
 
 def _columns(scores: Tensor, k_positions: Tensor, target: Tensor, most: int, length: int, holders: Holders) -> Tensor:
     """Positions int32 `[B, H, most]` of the chosen columns, the strongest first; `length` where there are fewer."""
-    candidates = ranked(scores, k_positions).flatten(0, 1)
     # The strongest of all holders are among the strongest of each.
-    candidates = candidates.topk(min(most, candidates.shape[1]), dim=-1).values
+    candidates = strongest(ranked(scores, k_positions).flatten(0, 1), most)
     chosen = holders.choose(candidates, target.flatten(), min(most, length), length)
     return chosen.unflatten(0, scores.shape[:2])
 
@@ -160,7 +159,7 @@ def _diagonals(left: Tensor, needed: Tensor, settings: VerticalSlash, count: Ten
     """Bool `[B, H, blocks]`: the local diagonals, and the strongest others that make up what is needed."""
     blocks = left.shape[2]
     distance = torch.arange(blocks, device=left.device)
-    chosen = shortest(ranked(left, distance), needed, min(settings.most_diagonals, blocks), blocks)
+    chosen = shortest(strongest(ranked(left, distance), settings.most_diagonals), needed, blocks)
     chosen = _first(chosen, count, blocks)
     selected = left.new_zeros(*left.shape[:2], blocks + 1, dtype=torch.bool)
     selected.scatter_(2, chosen.long(), True)

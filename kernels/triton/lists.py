@@ -92,10 +92,9 @@ def columns_kernel(
     key_at,  # [key tiles]
     slots,  # [B or 1, H, most]: those that are here, ascending, then `keys`
     slots_at,  # [B or 1, H, most]: key_at of each one's tile
-    places,  # [B or 1, H, keys + 1], zeros: gets one more than a column's number at its slot, if PLACES
+    places,  # [B or 1, H, keys + 1], zeros: gets one more than a column's number at its slot
     keys,
     most,
-    PLACES: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -114,8 +113,7 @@ def columns_kernel(
         at = found + tl.cumsum(here.to(tl.int32), 0) - 1
         tl.store(slots + at, slot, mask=here)
         tl.store(slots_at + at, tl.load(key_at + slot // TILE, mask=here, other=0), mask=here)
-        if PLACES:
-            tl.store(places + line * (keys + 1) + slot, at + 1, mask=here)
+        tl.store(places + line * (keys + 1) + slot, at + 1, mask=here)
         found += tl.sum(here.to(tl.int32), 0)
     for first in tl.range(0, most, CHUNK):
         number = first + tl.arange(0, CHUNK)

@@ -18,8 +18,9 @@ from farspan.kernels.masks import IntervalMask
 from farspan.kernels.tiles import TILE, TileLists, TileMap
 from farspan.kernels.triton.lists import columns_kernel, groups_kernel, ranges_kernel, tiles_kernel
 
-# Tiles that a program of the lists takes at once: of the side whose lists these are, and of the other side.
-_OWN, _OTHER = 32, 64
+# Tiles that a program of the lists takes at once: of the side whose lists these are, and of the other side. A list by
+# key is of all heads of a group, one after the other, so that fewer of them are at work.
+_OWN, _OWN_OF_GROUP, _OTHER = 32, 8, 64
 # Columns, and row tiles, that a program takes at once.
 _COLUMNS, _ROW_TILES = 1024, 128
 
@@ -29,11 +30,13 @@ class Columns:
     """The single keys of each head: where they are not in a selected tile, every row computes those that it sees.
 
     `slots` int32 `[B or 1, H, most]` ascends, the number of keys where a head has fewer; `at` are the `key_at` of their
-    tiles. `selection` says which tiles are selected, of rows that see `spans` of the mask, see `TileMap`.
+    tiles; `places` `[B or 1, H, keys + 1]` one more than a key's number among them, 0 where it is none. `selection`
+    says which tiles are selected, of rows that see `spans` of the mask, see `TileMap`.
     """
 
     slots: Tensor
     at: Tensor
+    places: Tensor
     of_mask: TileMap
     selection: Selection
     batch: int
@@ -99,33 +102,31 @@ class SelectedTiles:
         """For each kv head and tile of keys the tiles of rows of its query heads: `member x row tiles + row tile`."""
         return self._lists(self.kv_heads, self.selection.key_at, self.selection.row_at, (2, 1))
 
-    def columns(self, with_places: bool = False) -> tuple[Columns | None, Tensor | None]:
-        """The columns, and `with_places` also one more than a key's number among them, 0 where it is none.
-
-        Places are int32 `[B or 1, H, keys + 1]`.
-        """
+    @cached_property
+    def columns(self) -> Columns | None:
         wanted, positions = self.selection.columns, self.selection.k_positions
         if wanted is None or wanted.shape[2] == 0:
-            return None, None
+            return None
         (batch, heads, most), keys = wanted.shape, len(positions)
         slots, at = torch.empty_like(wanted), torch.empty_like(wanted)
-        places = wanted.new_zeros(batch, heads, keys + 1) if with_places else None
+        places = wanted.new_zeros(batch, heads, keys + 1)
         # fmt: off
         columns_kernel[(heads, batch)](
             wanted, positions, self.selection.key_at, slots, at, places, keys, most,
-            PLACES=with_places, TILE=TILE, CHUNK=min(_COLUMNS, triton.next_power_of_2(most)),
+            TILE=TILE, CHUNK=min(_COLUMNS, triton.next_power_of_2(most)),
         )
         # fmt: on
-        return Columns(slots, at, self.of_mask, self.selection, self.batch), places
+        return Columns(slots, at, places, self.of_mask, self.selection, self.batch)
 
     def _lists(self, lines: int, own_at: Tensor, other_at: Tensor, axes: tuple[int, int]) -> TileLists:
         table, kinds = self.selection.table, self.of_mask.kinds
         own, other, batch = len(own_at), len(other_at), self.batch
         lists, group = batch * lines * own, table.shape[1] // lines
+        at_once = _OWN if group == 1 else _OWN_OF_GROUP
         counts = kinds.new_empty(1 + 2 * lists, dtype=torch.int64)
 
         def walk(starts: Tensor, tiles: Tensor, write: bool) -> None:
-            tiles_kernel[(triton.cdiv(own, _OWN), lines, batch)](
+            tiles_kernel[(triton.cdiv(own, at_once), lines, batch)](
                 table.view(torch.uint8),
                 table.stride(0) if len(table) > 1 else 0,
                 table.stride(1),
@@ -143,7 +144,7 @@ class SelectedTiles:
                 kinds.stride(0) if len(kinds) > 1 else 0,
                 GROUP=group,
                 WRITE=write,
-                OWN=_OWN,
+                OWN=at_once,
                 OTHER=_OTHER,
             )
 

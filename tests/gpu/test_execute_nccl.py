@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from support.nccl import join
 from support.oracle import dense_attention, mask_cases, random_qkv
 from support.plan_cases import ORDERS, PlanCase, order_case, plan_cases
 
@@ -48,18 +47,9 @@ def test_the_reference_backend_on_a_gpu(dtype: torch.dtype, bound: float) -> Non
             assert _relative(got, wanted) < bound, case.name
 
 
-def _join(rank: int, folder: str) -> None:
-    faulthandler.dump_traceback_later(60, repeat=True)  # where it hangs, if it does
-    torch.set_num_threads(1)  # the oracle's small sums
-    torch.cuda.set_device(rank)
-    os.environ["NCCL_NVLS_ENABLE"] = "0"
-    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    dist.all_reduce(torch.zeros(1, device="cuda"))
-
-
 def _errors(rank: int, folder: str) -> None:
     """Error of each backend, mask, plan and order, and of one rank alone, saved by rank 0."""
-    _join(rank, folder)
+    join(rank, folder)
     results = {}
     for (backend, dtype), case in product(BACKENDS.items(), mask_cases(LENGTH)):
         whole = random_qkv(LENGTH, HEADS, DIM, dtype=dtype)
@@ -104,7 +94,7 @@ def test_two_gpus_are_as_exact_as_one(tmp_path: Path) -> None:
 
 def _bits(rank: int, folder: str) -> None:
     """Runs that differ from the first although only the ranks' pace does: plan, order and number of the run."""
-    _join(rank, folder)
+    join(rank, folder)
     length, heads, dim, generator = 8192 + 77, (8, 4), 128, torch.Generator("cuda")
     mask = masks.causal(length, [0, 3000, length])
     different = []

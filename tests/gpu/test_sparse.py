@@ -1,4 +1,4 @@
-"""Sparse attention on a GPU, in bf16: against the dense oracle in all rows, at lengths that the interpreter can't reach."""
+"""Sparse attention on a GPU, in bf16: against the dense oracle in all rows, to lengths beyond the interpreter's."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def dense_error() -> float:
     return max(errors(results, (expected[0], *expected[2:])))
 
 
-@pytest.mark.parametrize(("length", "heads", "dim"), [(1000, (8, 2), 128), (1000, (4, 4), 64), (8192, (2, 1), 128)])
+@pytest.mark.parametrize(("length", "heads", "dim"), [(1000, (8, 2), 128), (8192, (2, 1), 128)])
 @pytest.mark.parametrize(("index_name", "mask_name"), CASES)
 def test_sparse_attention_is_the_dense_oracles(
     index_name: str, mask_name: str, length: int, heads: tuple[int, int], dim: int, dense_error: float
 ) -> None:
-    """Error in bf16 of the oracle on the same inputs, twice that of dense cuDNN attention at most; bit for bit again."""
+    """Its error in bf16 is twice that of dense cuDNN attention at most; a second run gives the same bits."""
     inputs = [x.to("cuda", torch.bfloat16) for x in random_qkv(length, heads, dim)]
     case = next(case for case in mask_cases(length) if case.name == mask_name)
     index = next(case for case in index_cases(length, heads[0], TILE) if case.name == index_name)

@@ -267,12 +267,10 @@ def test_columns_know_who_may_see_them(mask_name: str) -> None:
     index = of_index("columns in tiles", length, 2)
     selection = selected(index, range(length), range(length))
     lowered = SelectedTiles(TileMap.of(case.mask.to(DEVICE), length), selection, 1)
-    columns, places = lowered.columns(with_places=True)
+    columns = lowered.columns
     assert columns is not None
-    assert places is not None
     assert selection.slots is not None
     assert torch.equal(columns.slots, selection.slots)
-    assert torch.equal(lowered.columns()[0].slots, columns.slots)
     (first, stop), (first_tile, stop_tile) = columns.of_row_tiles, columns.of_groups(block)
     for head, tile in np.ndindex(2, -(-length // TILE)):
         seen = case.allowed[0, tile * TILE : (tile + 1) * TILE].any(0)
@@ -285,14 +283,14 @@ def test_columns_know_who_may_see_them(mask_name: str) -> None:
             assert stop[0, head, tile] == len(visible)
     for head in range(2):
         expected = {slot: place + 1 for place, slot in enumerate(columns.slots[0, head].tolist()) if slot < length}
-        assert places[0, head].tolist() == [expected.get(slot, 0) for slot in range(length + 1)]
+        assert columns.places[0, head].tolist() == [expected.get(slot, 0) for slot in range(length + 1)]
 
 
 def test_lowering_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that the device computes is asked for by the host, once the mask's own tiles are known."""
     index, tiles = of_index("some", 300, 2), TileMap.of(masks.causal(300).to(DEVICE), 300)
     lowered = SelectedTiles(tiles, selected(index, range(300), range(300)), 1)
-    lowered.by_row, lowered.by_key, lowered.columns()
+    assert lowered.by_row.heads and lowered.by_key.heads and lowered.columns  # noqa: PT018
 
     def waits(*_: Any, **__: Any) -> None:
         raise AssertionError("the host waits for the device")
@@ -302,7 +300,7 @@ def test_lowering_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__index__", "cpu"):
         monkeypatch.setattr(Tensor, name, waits)
     again = SelectedTiles(tiles, lowered.selection, 1)
-    columns = (again.by_row, again.by_key, again.columns(with_places=True)[0])[2]
+    columns = (again.by_row, again.by_key, again.columns)[2]
     assert columns is not None
     columns.of_row_tiles, columns.of_groups(64)
 

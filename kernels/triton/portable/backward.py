@@ -190,7 +190,7 @@ def dkdv_kernel(
     mask_stride,
     lists_stride_b,
     lists_stride_h,
-    column_places,  # SelectedTiles.columns
+    column_places,  # Columns
     columns_stride_b,
     dk_columns,  # [B, H, most, D]: what each query head gives to its columns, as made by the column kernel
     dv_columns,  # [B, H, most, Dv]

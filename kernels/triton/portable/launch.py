@@ -162,7 +162,7 @@ def gradients_of_columns(
     scale: float,
 ) -> dict[str, Any]:
     """What each query head gives to dk / scale and dv of its columns, fp32 `[B, H, most, D]`, and where these are."""
-    columns, places = tiles.columns(with_places=True) if isinstance(tiles, SelectedTiles) else (None, None)
+    columns = tiles.columns if isinstance(tiles, SelectedTiles) else None
     if columns is None:
         return {**dict.fromkeys(("column_places", "columns_stride_b", "dk_columns", "dv_columns")), "most": 0}
     batch, rows, heads, _ = q.shape
@@ -190,7 +190,7 @@ def gradients_of_columns(
         **_constants(q, k, v, scale, shape),
     )
     return {
-        "column_places": places,
+        "column_places": columns.places,
         "columns_stride_b": heads if len(columns.slots) > 1 else 0,
         "dk_columns": dk.sum(0),
         "dv_columns": dv.sum(0),
@@ -221,7 +221,7 @@ def _lists(tiles: Tiles, by_row: bool, unread: bool) -> dict[str, Any]:
 
 def _columns(k: Tensor, v: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What the kernels over rows need of a sparse index's columns."""
-    columns = tiles.columns()[0] if isinstance(tiles, SelectedTiles) else None
+    columns = tiles.columns if isinstance(tiles, SelectedTiles) else None
     names = ("k_rows", "k_stride_b", "k_stride_h", "k_stride_s", "v_rows", "v_stride_b", "v_stride_h", "v_stride_s")
     if columns is None:
         return {**dict.fromkeys((*names, *_OF_COLUMNS, "column_first", "column_stop")), "COLUMNS": False}
