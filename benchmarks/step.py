@@ -62,8 +62,8 @@ def run(side: str, config: Path, lengths: str, steps: int, overrides: list[str],
 
 
 def print_table(rows: list[dict[str, Any]], model: str) -> None:
-    columns = ("seconds", "tokens/s", "MFU", "GiB", "attention", "other", "loss", "optimizer", "ratio")
-    print(f"\n{model}, one optimizer step; attention, other, loss and optimizer in seconds")
+    columns = ("seconds", "tokens/s", "MFU", "GiB", "attention", "index", "other", "loss", "optimizer", "ratio")
+    print(f"\n{model}, one optimizer step; attention to optimizer in seconds")
     print(f"{'':<12}{'tokens':>9}{'weights':>15}" + "".join(f"{column:>11}" for column in columns))
     ours = {row["length"]: row for row in rows if row["trainee"] == "farspan" and row["status"] == "ok"}
     for row in sorted(rows, key=lambda row: row["length"]):
@@ -73,7 +73,7 @@ def print_table(rows: list[dict[str, Any]], model: str) -> None:
             continue
         cells = [f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"]
         cells.append(f"{row['peak_gib']:.1f}")
-        for part in ("attention", "other", "loss", "optimizer"):
+        for part in ("attention", "index", "other", "loss", "optimizer"):
             seconds = row.get(f"{part}_seconds")
             cells.append("" if seconds is None else f"{seconds:.3f}")
         own = ours.get(row["length"])

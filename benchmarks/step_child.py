@@ -70,6 +70,7 @@ def main() -> None:
                 "loss": found.loss,
                 **{f"{part}_seconds": seconds for part, seconds in found.parts.items()},
                 "other_seconds": found.seconds - sum(found.parts.values()),
+                **trainee.further,
             }
         with options.output.open("a") as file:
             file.write(json.dumps(row) + "\n")

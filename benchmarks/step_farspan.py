@@ -13,6 +13,7 @@ from torch import Tensor
 from farspan.models.layers import Sharding
 from farspan.models.loss import VocabularyLoss
 from farspan.parallel import execute
+from farspan.parallel.estimate import Estimator
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.config import load_config
 from farspan.trainer.engine import Engine
@@ -26,6 +27,7 @@ from farspan.trainer.trainer import StepRecord, Trainer
 class Farspan:
     def __init__(self, path: Path, overrides: list[str], preflight: Preflight, device: torch.device) -> None:
         self.path, self.overrides, self.preflight = path, overrides, preflight
+        self.further: dict[str, float] = {}
         self.mesh = Mesh.create(preflight.degrees, device)
         config = load_config(path, overrides)
         with patch.object(Sharding, "normal", _draw_on(device)):
@@ -48,9 +50,13 @@ class Farspan:
         with StopRequest() as stop:
             stopwatch.start()
             trainer.train(stop)
+        if feed.sparse is not None:
+            densities = [selected.index.density().mean() for selected in feed.sparse.newest.values()]
+            self.further = {"density": float(torch.stack(densities).mean())}
         return laps.loss
 
     def watch(self, split: Split) -> None:
+        split.call(Estimator, "__call__", "index")
         split.call(execute, "attend", "attention")
         split.call(execute, "attend_backward", "attention")
         split.forward_and_backward(VocabularyLoss, "forward", "loss")

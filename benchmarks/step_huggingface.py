@@ -27,6 +27,7 @@ class HuggingFace:
         import deepspeed
 
         self.device, self.seed = device, config.run.seed
+        self.further: dict[str, float] = {}
         self.corpus = Corpus(preflight.prepared, "train")
         # Liger's kernels need a GPU; without one only the script is tried out, and there is nothing to compare.
         self.liger = device.type == "cuda"

@@ -25,6 +25,8 @@ class Trainee(Protocol):
     """Who trains: a framework with a model of `parameters` weights."""
 
     parameters: int
+    further: dict[str, float]
+    """What else is known of its steps, for the row of results."""
 
     def steps(self, length: int, count: int, stopwatch: Stopwatch) -> float:
         """Runs optimizer steps over rows of `length` tokens, `stopwatch.lap()` after each; returns the last loss."""

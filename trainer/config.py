@@ -37,6 +37,9 @@ class _Section(BaseModel):
 class RunSection(_Section):
     dir: Path
     """Folder of this run: resolved configuration, metrics, TensorBoard files, logs and checkpoints."""
+    weights_from: Path | None = None
+    """A run's folder: training begins with the weights of its newest checkpoint, and with a new optimizer. The model
+    must be the same but for `model.rotary_theta`, which longer rows want higher."""
     seed: int = Field(0, ge=0)
     """Initial weights, the order of samples and every other draw come from this number."""
 

@@ -23,6 +23,7 @@ from farspan.trainer.callbacks.saving import Saving
 from farspan.trainer.callbacks.sparseness import Sparseness
 from farspan.trainer.checkpoint.state import RunState
 from farspan.trainer.checkpoint.store import CheckpointStore, Found
+from farspan.trainer.checkpoint.weights import begin_with
 from farspan.trainer.config import ConfigError, RunConfig, dump_config
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
@@ -70,6 +71,8 @@ def train_on(
         (directory / "config.yaml").write_text(dump_config(config))
     _seed(config.run.seed)
     model = build_model(config, preflight.model, mesh)
+    if config.run.weights_from is not None and found is None:
+        begin_with(config.run.weights_from, model.to(mesh.device), mesh, report)
     feed = Feed(config, preflight.model, preflight.prepared, mesh)
     engine = Engine(config, mesh, model)
     callbacks: list[Callback] = []

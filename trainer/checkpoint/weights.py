@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,16 +34,18 @@ class Weights:
     zero_stage: int
 
 
-def newest_weights(directory: Path, model: ModelConfig, tensor: int, report: Callable[[str], None]) -> Weights:
+def newest_weights(
+    directory: Path, model: ModelConfig, tensor: int, report: Callable[[str], None], free: Collection[str] = ()
+) -> Weights:
     """Of the newest checkpoint in `directory` whose weights are what was written; `report` is told of damaged ones.
 
     Nothing is changed on the disk: the run may be training meanwhile. ConfigError when there is none, or when it is of
-    another model or number of tensor ranks.
+    another model, in other keys than `free`, or number of tensor ranks.
     """
     for listed in reversed(CheckpointStore(directory, keep=1).list()):
         try:
             manifest = read_manifest(listed.path)
-            _check(listed.path, manifest, model, tensor)
+            _check(listed.path, manifest, model, tensor, free)
             problems = [f"{name} {found}" for name, found in _damages(listed.path, manifest) if found]
         except CheckpointError as error:
             problems = [str(error)]
@@ -60,16 +62,7 @@ def newest_decoder(
 
     `model` is that of `config`, with its vocabulary known. ConfigError on all ranks when there are none.
     """
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [newest_weights(run / "checkpoints", model, mesh.degrees.tensor, report)]
-        except ConfigError as error:
-            found = [error]
-    dist.broadcast_object_list(found, 0, group=mesh.control)
-    (weights,) = found
-    if isinstance(weights, ConfigError):  # on all ranks: one alone would be taken for a crash of its neighbours
-        raise weights
+    weights = _agree(run, model, mesh, report)
     decoder = Decoder(
         model,
         Sharding(mesh.degrees.tensor, seed=config.run.seed),
@@ -80,6 +73,34 @@ def newest_decoder(
     load_weights(weights, decoder, mesh)
     report(f"weights of {weights.path}")
     return decoder
+
+
+def begin_with(run: Path, decoder: Decoder, mesh: Mesh, report: Callable[[str], None]) -> None:
+    """Collective: a decoder, on its device, takes the newest weights of a run; rotary_theta may be another.
+
+    ConfigError on all ranks when there are none.
+    """
+    weights = _agree(run, decoder.config, mesh, report, free=("rotary_theta",))
+    load_weights(weights, decoder, mesh)
+    report(f"training begins with the weights of {weights.path}")
+
+
+def _agree(
+    run: Path, model: ModelConfig, mesh: Mesh, report: Callable[[str], None], free: Collection[str] = ()
+) -> Weights:
+    """The newest weights, which the first rank looks for."""
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [newest_weights(run / "checkpoints", model, mesh.degrees.tensor, report, free)]
+        except ConfigError as error:
+            found = [error]
+    dist.broadcast_object_list(found, 0, group=mesh.control)
+    (weights,) = found
+    if isinstance(weights, ConfigError):  # on all ranks: one alone would be taken for a crash of its neighbours
+        raise weights
+    assert isinstance(weights, Weights)
+    return weights
 
 
 def load_weights(weights: Weights, model: Decoder, mesh: Mesh) -> None:
@@ -104,9 +125,9 @@ def _read(weights: Weights, tensor_rank: int) -> Mapping[str, Tensor]:
     return whole
 
 
-def _check(path: Path, manifest: Manifest, model: ModelConfig, tensor: int) -> None:
+def _check(path: Path, manifest: Manifest, model: ModelConfig, tensor: int, free: Collection[str]) -> None:
     saved: Mapping[str, Any] = manifest.state["identity"]["model"]
-    now = model.model_dump(mode="json", exclude={"preset"})
+    now = model.model_dump(mode="json", exclude={"preset", *free})
     changes = [f"model.{key} was {saved.get(key)} and is {now[key]}" for key in now if saved.get(key) != now[key]]
     ranks = len({found[1] for name in manifest.files if (found := _TENSOR_RANK.fullmatch(name))})
     if ranks != tensor:

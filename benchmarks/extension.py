@@ -1,0 +1,246 @@
+"""A model's context is extended with dense and with sparse attention: the same start, the same tokens. What is lost?
+
+    python benchmarks/extension.py --folder extension --short 4096 --long 32768 --steps 600,150 --plot extension.png
+
+The text is Python's own standard library in long documents, with needles: here and there a comment says that a key is
+some number, and far behind, at distances of all scales, the comment is there again. A small decoder learns rows of
+`--short` tokens; from its weights two runs learn rows of `--long` tokens, one with dense and one with
+`attention.sparse`, each on a GPU of its own where there are two. Then both are asked, with dense attention, for the
+numbers of needles in unread texts as long as their rows: the share that they say in full is the recall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from farspan.data.prepared import load_prepared
+from farspan.data.tokenizer import Tokenizer
+from farspan.models import prefill
+from farspan.models.reader import Reader
+from farspan.parallel.degrees import Degrees
+from farspan.parallel.mesh import Mesh
+from farspan.trainer.checkpoint.weights import newest_decoder
+from farspan.trainer.config import load_run_config
+from farspan.trainer.preflight import with_vocabulary
+from farspan.trainer.process_group import start_process_group
+
+VARIANTS = ("dense", "sparse")
+_NEEDLE_CHARACTERS = 1200  # one needle in so many
+_DIGITS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--short", type=int, default=4096)
+    parser.add_argument("--long", type=int, default=32768)
+    parser.add_argument("--steps", type=lambda text: [int(x) for x in text.split(",")], default=[600, 150])
+    parser.add_argument("--tokens-per-step", type=int, default=131_072)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--copies", type=int, default=4, help="how often the library is there, with other needles")
+    parser.add_argument("--megabytes", type=float, default=1e9, help="of one copy, at most")
+    parser.add_argument("--mass", type=float, default=0.9)
+    parser.add_argument("--texts", type=int, default=4, help="unread texts, each with 32 questions")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--ask", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ask:
+        ask(Path(options.ask[0]), Path(options.ask[1]))
+        return
+    folder: Path = options.folder
+    write_texts(folder, options)
+    configurations(folder, options)
+    command(folder, "prepare", "short")
+    command(folder, "train", "short")
+    gpus = max(1, torch.cuda.device_count())
+    with ThreadPoolExecutor(len(VARIANTS) if gpus > 1 else 1) as pool:
+        results = dict(zip(VARIANTS, pool.map(lambda i: extend(folder, VARIANTS[i], i % gpus), range(len(VARIANTS)))))
+    report(results)
+    (folder / "results.json").write_text(json.dumps(results))
+    if options.plot:
+        plot(results, options.plot)
+
+
+def write_texts(folder: Path, options: argparse.Namespace) -> None:
+    """`text/`: documents a little longer than long rows; `asked/`: others, with their needles beside them."""
+    draw = random.Random(0)
+    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    sources = [file.read_text(encoding="utf-8", errors="ignore") for file in files if "site-packages" not in file.parts]
+    size = 4 * options.long  # some four characters are a token
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    (folder / "asked").mkdir(exist_ok=True)
+    number = 0
+    for _ in range(options.copies):
+        draw.shuffle(sources)
+        whole = "\n".join(sources)[: int(options.megabytes * 1e6)]
+        for start in range(0, len(whole), size):
+            text, _ = with_needles(whole[start : start + size], draw, again=True)
+            (folder / "text" / f"{number:05}.py").write_text(text, encoding="utf-8")
+            number += 1
+    for asked in range(options.texts):
+        start = draw.randrange(max(1, len(whole) - size))
+        text, needles = with_needles(whole[start : start + size], draw, again=False)
+        (folder / "asked" / f"{asked}.txt").write_text(text, encoding="utf-8")
+        (folder / "asked" / f"{asked}.json").write_text(json.dumps(needles))
+
+
+def with_needles(text: str, draw: random.Random, again: bool) -> tuple[str, dict[str, str]]:
+    """The text with needles between its lines, and what they are; `again`: each also a second time, later."""
+    lines, needles, added = text.split("\n"), {}, []
+    for _ in range(max(2, len(text) // _NEEDLE_CHARACTERS)):
+        key, value = (str(draw.randrange(10 ** (_DIGITS - 1), 10**_DIGITS)) for _ in range(2))
+        needles[key] = value
+        first = draw.randrange(len(lines))
+        added.append((first, sentence(key) + f" {value}"))
+        if again:
+            distance = int(len(lines) ** draw.random())
+            added.append((first + distance, sentence(key) + f" {value}"))
+    for place, line in sorted(added, reverse=True):
+        if place <= len(lines):
+            lines.insert(place, line)
+    return "\n".join(lines), needles
+
+
+def sentence(key: str) -> str:
+    return f"# the value of key {key} is"
+
+
+def configurations(folder: Path, options: argparse.Namespace) -> None:
+    heads = options.hidden // 64
+    common: dict[str, Any] = {
+        "model": {
+            "hidden_size": options.hidden,
+            "layers": options.layers,
+            "heads": heads,
+            "kv_heads": max(1, heads // 2),
+            "head_dim": 64,
+            "feed_forward_size": options.hidden * 11 // 4,
+            "tied_embeddings": True,
+        },
+        "data": {
+            "sources": [str(folder / "text")],
+            "directory": str(folder / "prepared"),
+            "vocabulary_size": 4096,
+            "heldout_fraction": 0.02,
+            "processes": os.cpu_count() or 1,
+        },
+        "train": {"tokens_per_step": options.tokens_per_step, "dtype": "bf16" if torch.cuda.is_available() else "fp32"},
+        "launch": {"processes": 1},
+        "parallel": {"plan": "single", "order": "contiguous"},
+        "eval": {"rows": 16},
+        "checkpoint": {"every": 1_000_000, "keep": 1},
+    }
+    schedule = {"schedule": "cosine", "learning_rate": 1.5e-3, "warmup_steps": options.steps[0] // 20}
+    stages = {"short": {"train": {"steps": options.steps[0], "sequence_length": options.short}, "optimizer": schedule}}
+    schedule = {"schedule": "cosine", "learning_rate": 5e-4, "warmup_steps": options.steps[1] // 20}
+    long = {"train": {"steps": options.steps[1], "sequence_length": options.long}, "optimizer": schedule}
+    # Rotary frequencies slow down with the length of rows, and some more.
+    long["model"] = {"rotary_theta": 10_000.0 * (2 * options.long / options.short)}
+    for variant in VARIANTS:
+        stages[variant] = {**long, "run": {"weights_from": str(folder / "runs" / "short")}}
+    stages["sparse"]["attention"] = {"sparse": {"mass": options.mass, "report_every": max(1, options.steps[1] // 15)}}
+    for name, stage in stages.items():
+        tree = {"run": {}, **common}
+        for section, keys in stage.items():
+            tree[section] = {**tree.get(section, {}), **keys}
+        tree["run"] = {**tree["run"], "dir": str(folder / "runs" / name), "seed": 1}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+
+
+def extend(folder: Path, variant: str, gpu: int) -> dict[str, Any]:
+    command(folder, "train", variant, gpu)
+    answers = folder / f"{variant}.json"
+    run([sys.executable, __file__, "--folder", str(folder), "--ask", str(folder / "runs" / variant), str(answers)], gpu)
+    lines = (folder / "runs" / variant / "metrics.jsonl").read_text().splitlines()
+    return {"metrics": [json.loads(line) for line in lines], **json.loads(answers.read_text())}
+
+
+def command(folder: Path, verb: str, name: str, gpu: int = 0) -> None:
+    run([sys.executable, "-m", "farspan.launch.command", verb, str(folder / f"{name}.yaml")], gpu)
+
+
+def run(arguments: list[str], gpu: int) -> None:
+    print(" ".join(arguments[1:]), flush=True)
+    subprocess.run(arguments, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}, stdout=sys.stderr)
+
+
+def ask(folder: Path, answers: Path) -> None:
+    """Writes the recall of the run in `folder`, and by how many quarters of the text the needle is behind."""
+    config = load_run_config(folder)
+    data = load_prepared(config.data.directory)
+    mesh = Mesh.create(Degrees(1, 1, 1), start_process_group(600))
+    tokenizer = Tokenizer(data.tokenizer_path)
+    model = newest_decoder(folder, config, with_vocabulary(config, data), mesh, print)
+    found: list[list[bool]] = [[], [], [], []]
+    for file in sorted((folder.parents[1] / "asked").glob("*.txt")):
+        tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[: config.train.sequence_length - 64].tolist()
+        text = tokenizer.decode(tokens)
+        places = {key: text.find(f"{sentence(key)} {value}\n") for key, value in needles_of(file).items()}
+        here = [key for key, place in places.items() if place >= 0]
+        for key in random.Random(0).sample(here, min(32, len(here))):
+            reader = Reader(model, mesh)
+            reader.prefill(tokens, prefill.dense(len(tokens), mesh, with_vocabulary(config, data).heads_of_rank(1)))
+            reader.read(tokenizer.encode("\n" + sentence(key)).tolist())
+            said = tokenizer.decode(list(reader.decode(_DIGITS + 2)))
+            quarter = 4 * (len(text) - places[key]) // (len(text) + 1)
+            found[quarter].append(said.strip().startswith(needles_of(file)[key]))
+    everything = [x for quarter in found for x in quarter]
+    recall: dict[str, Any] = {"recall": sum(everything) / len(everything), "asked": len(everything)}
+    recall |= {"recall_by_quarter": [sum(x) / len(x) if x else None for x in found]}
+    answers.write_text(json.dumps(recall))
+    mesh.destroy()
+    dist.destroy_process_group()
+
+
+def needles_of(file: Path) -> dict[str, str]:
+    needles: dict[str, str] = json.loads(file.with_suffix(".json").read_text())
+    return needles
+
+
+def report(results: dict[str, dict[str, Any]]) -> None:
+    for variant, result in results.items():
+        last = result["metrics"][-1]
+        sparse: dict[str, float] = next((m for m in reversed(result["metrics"]) if "sparse_density" in m), {})
+        cells = [f"held-out loss {last['eval_loss']:.4f}", f"train loss {last['loss']:.4f}"]
+        cells += [f"needles {result['recall']:.1%} of {result['asked']}", f"by distance {result['recall_by_quarter']}"]
+        cells += [f"{last['step_seconds']:.3f} s a step"]
+        cells += [f"{name} {sparse[name]:.3f}" for name in ("sparse_density", "sparse_recall") if name in sparse]
+        print(f"{variant:7} {'  '.join(cells)}", flush=True)
+
+
+def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (losses, densities) = plt.subplots(1, 2, figsize=(11, 4))
+    for variant, result in results.items():
+        losses.plot([m["step"] for m in result["metrics"]], [m["loss"] for m in result["metrics"]], label=variant, lw=1)
+    losses.set(xlabel="step", ylabel="training loss")
+    losses.legend()
+    reports = [m for m in results["sparse"]["metrics"] if "sparse_density" in m]
+    for name, label in (("sparse_density", "tiles computed"), ("sparse_recall", "attention covered")):
+        densities.plot([m["step"] for m in reports], [m.get(name) for m in reports], label=label)
+    densities.set(xlabel="step", ylabel="share", ylim=(0, 1))
+    densities.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
