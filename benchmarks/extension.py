@@ -44,7 +44,7 @@ _DIGITS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path("extension"))
     parser.add_argument("--short", type=int, default=4096)
     parser.add_argument("--long", type=int, default=32768)
     parser.add_argument("--steps", type=lambda text: [int(x) for x in text.split(",")], default=[600, 150])
@@ -55,11 +55,15 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=1e9, help="of one copy, at most")
     parser.add_argument("--mass", type=float, default=0.9)
     parser.add_argument("--texts", type=int, default=4, help="unread texts, each with 32 questions")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="picture of the two runs; needs matplotlib")
+    parser.add_argument("--results", type=Path, help="draw those of an earlier call (its results.json) alone")
     parser.add_argument("--ask", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ask:
         ask(Path(options.ask[0]), Path(options.ask[1]))
+        return
+    if options.results:
+        plot(json.loads(options.results.read_text()), options.plot)
         return
     folder: Path = options.folder
     write_texts(folder, options)
@@ -69,8 +73,8 @@ def main() -> None:
     gpus = max(1, torch.cuda.device_count())
     with ThreadPoolExecutor(len(VARIANTS) if gpus > 1 else 1) as pool:
         results = dict(zip(VARIANTS, pool.map(lambda i: extend(folder, VARIANTS[i], i % gpus), range(len(VARIANTS)))))
-    report(results)
     (folder / "results.json").write_text(json.dumps(results))
+    report(results)
     if options.plot:
         plot(results, options.plot)
 
@@ -223,12 +227,10 @@ def report(results: dict[str, dict[str, Any]]) -> None:
 
 
 def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, densities) = plt.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, densities = figure.subplots(1, 2)
     for variant, result in results.items():
         losses.plot([m["step"] for m in result["metrics"]], [m["loss"] for m in result["metrics"]], label=variant, lw=1)
     losses.set(xlabel="step", ylabel="training loss")
@@ -238,7 +240,6 @@ def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
         densities.plot([m["step"] for m in reports], [m.get(name) for m in reports], label=label)
     densities.set(xlabel="step", ylabel="share", ylim=(0, 1))
     densities.legend()
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
 
 
