@@ -165,7 +165,7 @@ def test_full_rectangles_in_parts(dtype: torch.dtype, adds: bool, monkeypatch: p
     monkeypatch.setattr(hopper, "_MOST_ROWS", 256)
     monkeypatch.setattr(hopper, "_MOST_KEYS", 384)
     in_parts = gradients()
-    bound = 1e-6 if dtype == torch.float32 else 4e-3
+    bound = 1e-5 if dtype == torch.float32 else 4e-3
     for x, y in zip(in_parts, at_once, strict=True):
         assert float((x.double() - y.double()).norm() / y.double().norm()) < bound
 
