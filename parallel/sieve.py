@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -17,6 +16,10 @@ from farspan.kernels.row_blocks import RowBlocks
 from farspan.kernels.transfer import HostCopy
 from farspan.parallel.orders import Order
 from farspan.parallel.plan import DIRECTIONS, Direction, Move, Plan, parts
+from farspan.parallel.users import users
+
+Lot = tuple[int, int]
+"""A block of keys, and the ranks that want something of it, as bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +54,31 @@ class Sieve:
         self, plan: Plan, order: Order, mask: IntervalMask, rank: int, block: int, device: torch.device | str
     ) -> None:
         """`mask` in positions; `block` is the index's. ValueError for a plan in which queries travel."""
-        moves = {(d, move): users for d in DIRECTIONS for move, users in zip(plan.schedule(d).moves, _users(plan, d))}
-        if any(plan.blocks[move.block].side == "q" for _, move in moves):
-            raise ValueError(
-                f"plan {plan.name} sends queries, which attention.sparse cannot thin out; set parallel.plan to ring, "
-                "hierarchical_ring or all_gather, or parallel.sparse_wire to false"
-            )
-        self.plan, self.rank, self.block, self.device = plan, rank, block, device
-        self.moves: dict[tuple[Direction, Move], int] = moves
+        self.plan, self.rank, self.block = plan, rank, block
+        self.moves: dict[tuple[Direction, Move], int] = {}
+        for direction in DIRECTIONS:
+            moves = plan.schedule(direction).moves
+            if any(plan.blocks[move.block].side == "q" for move in moves):
+                raise ValueError(
+                    f"plan {plan.name} sends queries, of which a sparse index leaves out nothing; set parallel.plan to "
+                    "ring, hierarchical_ring or all_gather, or parallel.sparse_wire to false"
+                )
+            self.moves |= zip(((direction, move) for move in moves), users(plan, direction))
         held = [np.unique(positions[positions < order.length] // block) for positions in order.positions]
         self.rows = RowBlocks.of(held, mask, block, device)
-        # Tiles of padding lie behind the last block of positions, which nobody reads.
+        # Tiles of padding count as one block behind the last, which nobody reads.
         beyond = -(-order.length // block)
-        self.tiles = [np.minimum(one.positions(order)[::block] // block, beyond) for one in plan.blocks]
+        self.blocks = [np.minimum(one.positions(order)[::block] // block, beyond) for one in plan.blocks]
+
+        mine = {(move.block, who) for (_, move), who in self.moves.items() if rank in (move.src, move.dst)}
+        used = {(block, 1 << rank) for piece in plan.forward.pieces if piece.rank == rank for block in piece.kv}
+        self.lots = {lot: number for number, lot in enumerate(sorted(mine | used))}
+        cells = [self._cells(number, lot) for lot, number in self.lots.items()]
+        last = np.cumsum([cell.shape[1] for cell in cells]) - 1
+        wanted = np.array([[who >> rank & 1 for _, who in self.lots] for rank in range(plan.world)], bool)
+        self.cells = to_device(torch.from_numpy(np.concatenate(cells, 1)), device)
+        self.wanted = to_device(torch.from_numpy(wanted), device)
+        self.last = to_device(torch.from_numpy(last), device)  # cell of each lot
         self._found: WeakKeyDictionary[Index, Sifted] = WeakKeyDictionary()
 
     def __call__(self, index: Index) -> Sifted:
@@ -72,98 +87,75 @@ class Sieve:
             self._found[index] = Sifted(self, index)
         return self._found[index]
 
+    def read(self, index: Index) -> Tensor:
+        """Bool `[world, kv heads, blocks + 1]`: of which blocks of keys each rank reads something; none of the last."""
+        read = index.reads(self.rows, self.plan.heads[1]).any(0).transpose(0, 1)
+        return torch.nn.functional.pad(read, (0, 1))
+
+    def _cells(self, number: int, lot: Lot) -> np.ndarray:
+        """int64 `[5, tiles x heads]` of a lot: its number, and tile, head, the head's number in the plan and block."""
+        (first, last), blocks = self.plan.blocks[lot[0]].heads, self.blocks[lot[0]]
+        tile, head = (x.ravel() for x in np.indices((len(blocks), last - first)))
+        return np.stack([np.full_like(tile, number), tile, head, head + first, blocks[tile]])
+
 
 class Sifted:
-    """What an index leaves of each move.
+    """What an index leaves of the moves of one rank.
 
-    The host must know how much a rank sends and receives, and only the device knows what was selected. So one bitmap of
-    ranks x kv heads x blocks of keys (a quarter of a megabyte for 512K tokens, 32 ranks and 2 kv heads) is copied a
-    layer, in the forward pass, as soon as the index is there. The host waits for it when it is first looked at, which
-    is once the work on the rank's own keys is launched: the device has that to do meanwhile.
+    What was selected is known on the device alone, and lists of tiles are made there. But the host must know how much
+    is sent and received, and so it is told the length of each list: some hundred numbers a layer, which are on their
+    way as soon as the index is there, in the forward pass. The host waits for them when it first looks, which is once
+    the work on the rank's own keys is launched, so that the device has something to do meanwhile.
     """
 
     def __init__(self, sieve: Sieve, index: Index) -> None:
         self.sieve = sieve
-        read = index.reads(sieve.rows, sieve.plan.heads[1]).any(0).transpose(0, 1)
-        self._copy = HostCopy(torch.nn.functional.pad(read, (0, 1)))
-        self._lists: dict[tuple[int, int], Tiles] = {}
+        lot, tile, head, of_plan, block = sieve.cells
+        chosen = (sieve.read(index)[:, of_plan, block] & sieve.wanted[:, lot]).any(0)
+        behind = chosen.cumsum(0)
+        # What is not chosen goes to a place behind all lists.
+        place = torch.where(chosen, behind - 1, len(chosen))
+        self._tile, self._head = (x.new_empty(len(x) + 1).scatter_(0, place, x) for x in (tile, head))
+        self._copy = HostCopy(behind[sieve.last])
 
     @cached_property
-    def read(self) -> np.ndarray:
-        """Bool `[world, kv heads, blocks + 1]`: what each rank reads; nobody reads the last block, which is padding."""
-        return self._copy.read().numpy()
+    def _stops(self) -> list[int]:
+        """Where the list of each lot ends."""
+        stops: list[int] = self._copy.read().tolist()
+        return stops
+
+    def tiles(self, direction: Direction, move: Move) -> Tiles:
+        """Those of a move of this rank that travel."""
+        return self._of((move.block, self.sieve.moves[direction, move]))
 
     def computes(self, blocks: tuple[int, ...]) -> bool:
         """Whether this rank computes anything of these blocks of keys."""
-        return any(self._chosen(block, 1 << self.sieve.rank).any() for block in blocks)
+        return any(len(self._of((block, 1 << self.sieve.rank))) for block in blocks)
 
-    def tiles(self, direction: Direction, move: Move) -> Tiles:
-        """Those of a move of this rank."""
-        if not self._lists:
-            self._lists = self._on_device()
-        return self._lists[move.block, self.sieve.moves[direction, move]]
-
-    def bytes(self, head_dim: int, batch: int, itemsize: int, accumulation_itemsize: int = 4) -> tuple[int, int]:
-        """What all ranks together send, in both directions: with this index, and with none."""
-        sieve, sent, whole = self.sieve, 0, 0
-        counts: dict[tuple[int, int], int] = {}
-        for (direction, move), users in sieve.moves.items():
-            key = move.block, users
-            if key not in counts:
-                counts[key] = int(self._chosen(*key).sum())
-            for part in parts(sieve.plan, move, direction == "backward"):
-                element = batch * head_dim * (accumulation_itemsize if part.accumulated else itemsize)
-                sent += counts[key] * sieve.block * element
-                whole += part.rows * part.heads * element
-        return sent, whole
-
-    def _chosen(self, block: int, users: int) -> np.ndarray:
-        """Bool `[kv heads of the block, tiles]`: what any of these ranks reads."""
-        first, last = self.sieve.plan.blocks[block].heads
-        ranks = [rank for rank in range(self.sieve.plan.world) if users >> rank & 1]
-        chosen: np.ndarray = self.read[ranks, first:last][:, :, self.sieve.tiles[block]].any(0)
-        return chosen
-
-    def _on_device(self) -> dict[tuple[int, int], Tiles]:
-        """The lists of all moves of this rank, by block and users, in one copy."""
-        sieve = self.sieve
-        mine = {(m.block, users) for (_, m), users in sieve.moves.items() if sieve.rank in (m.src, m.dst)}
-        found = {key: np.nonzero(self._chosen(*key)) for key in sorted(mine)}
-        sizes = [len(head) for head, _ in found.values()]
-        heads, tiles = (np.concatenate([pair[side] for pair in found.values()]) for side in (0, 1))
-        both = to_device(torch.from_numpy(np.stack([tiles, heads])), sieve.device).split(sizes, 1)
-        return {key: Tiles(*lists, sieve.block) for key, lists in zip(found, both)}
+    def _of(self, lot: Lot) -> Tiles:
+        number = self.sieve.lots[lot]
+        here = slice(self._stops[number - 1] if number else 0, self._stops[number])
+        return Tiles(self._tile[here], self._head[here], self.sieve.block)
 
 
-def _users(plan: Plan, direction: Direction) -> list[int]:
-    """For each move the ranks for whom it travels, as bits: who uses the operand, or has added to the result."""
-    schedule = plan.schedule(direction)
-    moves, pieces = schedule.moves, schedule.pieces
-    found = [0] * len(moves)
-    at: dict[tuple[int, int], int] = defaultdict(int)  # by rank and block, who uses the block there or further on
-    for piece in pieces:
-        for block in piece.kv:
-            at[piece.rank, block] |= 1 << piece.rank
-    operands = [number for number, move in enumerate(moves) if not move.home]
-    for number in sorted(operands, key=lambda number: -moves[number].start):
-        move = moves[number]
-        found[number] = at[move.dst, move.block]
-        at[move.src, move.block] |= found[number]
+def bytes_sent(
+    sieve: Sieve, index: Index, head_dim: int, batch: int, itemsize: int, accumulation_itemsize: int = 4
+) -> tuple[int, int]:
+    """What all ranks together send for a layer, in both directions: with this index, and with none.
 
-    added: dict[tuple[int, int], int] = defaultdict(int)  # by rank and block, whose results are in the sum there
-    arriving, leaving = ([[] for _ in range(schedule.stages)] for _ in range(2))
-    computed: list[list[tuple[int, int]]] = [[] for _ in range(schedule.stages)]
-    for number, move in enumerate(moves):
-        if move.home:
-            leaving[move.start].append(number)
-            arriving[move.stop].append(number)
-    for piece in pieces:
-        computed[piece.stage] += [(piece.rank, block) for block in piece.kv]
-    for stage in range(schedule.stages):
-        for number in arriving[stage]:
-            added[moves[number].dst, moves[number].block] |= found[number]
-        for number in leaving[stage]:
-            found[number] = added.pop((moves[number].src, moves[number].block), 0)
-        for rank, block in computed[stage]:
-            added[rank, block] |= 1 << rank
-    return found
+    Waits for the device.
+    """
+    read, plan = sieve.read(index).cpu().numpy(), sieve.plan
+    tiles: dict[Lot, int] = {}
+    sent = whole = 0
+    for (direction, move), who in sieve.moves.items():
+        lot = move.block, who
+        if lot not in tiles:
+            heads = slice(*plan.blocks[move.block].heads)
+            ranks = [rank for rank in range(plan.world) if who >> rank & 1]
+            tiles[lot] = int(read[ranks, heads][:, :, sieve.blocks[move.block]].any(0).sum())
+        for part in parts(plan, move, direction == "backward"):
+            element = batch * head_dim * (accumulation_itemsize if part.accumulated else itemsize)
+            sent += tiles[lot] * sieve.block * element
+            whole += part.rows * part.heads * element
+    return sent, whole

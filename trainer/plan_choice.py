@@ -21,7 +21,7 @@ from farspan.parallel.pairs import VisiblePairs, visible_pairs
 from farspan.parallel.plan import DIRECTIONS, Direction, Plan
 from farspan.parallel.timeline import Timeline, simulate
 from farspan.trainer.arrangement import Arrangement
-from farspan.trainer.config import CUT_ANYWHERE, ConfigError, RunConfig
+from farspan.trainer.config import CUT_ANYWHERE, KEYS_TRAVEL, ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem
 
 
@@ -125,8 +125,11 @@ def predict_attention(
 
 def _legal(config: RunConfig, order: Order, mask: IntervalMask) -> Iterator[Plan]:
     """All plans that can be made of this order and mask, in the order of `PLANS`."""
-    sparse = config.attention.sparse is not None
-    for name in (name for name in plans.PLANS if not (sparse and name in CUT_ANYWHERE)):
+    for name in plans.PLANS:
+        if config.attention.sparse is not None and name in CUT_ANYWHERE:
+            continue
+        if config.parallel.sparse_wire and name not in KEYS_TRAVEL:
+            continue
         try:
             yield build_plan(config, name, order, mask)
         except ValueError:  # says what stands in the way of this plan, and others are asked for

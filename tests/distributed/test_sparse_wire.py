@@ -20,7 +20,7 @@ from farspan.kernels import masks
 from farspan.kernels.index import BlockIndex, VerticalSlashIndex
 from farspan.parallel import execute, orders, plans
 from farspan.parallel.plan import Plan
-from farspan.parallel.sieve import Sieve
+from farspan.parallel.sieve import Sieve, bytes_sent
 from farspan.parallel.verify import verify
 
 pytestmark = pytest.mark.distributed
@@ -69,8 +69,8 @@ def compare(rank: int, plan: Plan, order: orders.Order, mask: MaskCase, case: In
     error = max(difference(got, order.shard(wanted, rank)) for got, wanted in pairs)
     moved = torch.tensor(sum(sent.values()))
     dist.all_reduce(moved)
-    sifted = Sieve(plan, order, mask.mask, rank, BLOCK, "cpu")(case.index)
-    counted, dense = sifted.bytes(DIM, BATCH, 8, 8)
+    sieve = Sieve(plan, order, mask.mask, rank, BLOCK, "cpu")
+    counted, dense = bytes_sent(sieve, case.index, DIM, BATCH, 8, 8)
     report = verify(plan, order, mask.mask, head_dim=DIM, batch=BATCH)
     assert dense == sum(sum(report.bytes_sent(direction, 8, 8)) for direction in ("forward", "backward"))
     return Found(error, int(moved), counted, dense)
@@ -109,7 +109,7 @@ def test_a_striped_ring_sends_what_the_definition_says() -> None:
     plan = plans.build("ring", order, mask, heads)
     allowed = mask.visible(slice(0, length), slice(0, length))
     for case in [*index_cases(length, heads[0], BLOCK, batch=BATCH), far_apart(length, heads[0])]:
-        sent, _ = Sieve(plan, order, mask, 0, BLOCK, "cpu")(case.index).bytes(DIM, BATCH, 8, 8)
+        sent, _ = bytes_sent(Sieve(plan, order, mask, 0, BLOCK, "cpu"), case.index, DIM, BATCH, 8, 8)
         tile = 2 * BATCH * BLOCK * DIM * 8  # of keys and of values
         assert sent == tile * expected_of_a_ring(case, allowed, order, heads), case.name
 
