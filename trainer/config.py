@@ -219,6 +219,9 @@ class SparseSection(_Section):
     """Whether evaluation selects."""
     report_every: int = Field(20, gt=0)
     """Steps between reports of the selections' balance over ranks."""
+    expected_density: float | None = Field(None, gt=0, le=1)
+    """Share of causal attention that selections are expected to compute, for predictions alone (`farspan plan` and
+    `parallel.plan: auto`); when not given, what `budgets` or the caps allow at most."""
 
     def layers(self, count: int, window: WindowSection | None) -> list[int]:
         """Those of so many layers that select: all without a window but `dense_layers`."""
