@@ -9,7 +9,8 @@ from farspan.parallel.pairs import VisiblePairs
 from farspan.parallel.plan import Plan
 from farspan.trainer.config import RunConfig, SparseSection
 
-_LIST_ENTRY = 4
+# Of a tile in a list, and of a key's place among the columns.
+_NUMBER = 4
 # Of each key and head: scores, ranked ones and one copy more (int64), and whether it was chosen.
 _SCORE = 3 * 8 + 1
 # Of each probe, tile of keys and head: an exponent and a sum.
@@ -17,10 +18,10 @@ _PARTIAL = 2 * 4
 
 
 def selection_bytes(config: RunConfig, plan: Plan, visible: VisiblePairs, columns: int) -> int:
-    """Of the largest piece, backward: its tiles as booleans, room for the list of one side, gradients of columns.
+    """Of the largest piece, backward: room for the list of one side, kinds of tiles, gradients of columns.
 
-    A list has room for all tiles that the mask shows. `columns` are those of a head at most, whose gradients are fp32:
-    what programs found, and their sum.
+    A list has room for all tiles that the mask shows, of every head. `columns` are those of a head at most; their
+    gradients are fp32, what programs found and their sum.
     """
     pieces, batch = plan.backward.piece_columns, config.train.micro_batch_rows
     slots = np.array([block.slots[1] - block.slots[0] for block in plan.blocks], np.int64)
@@ -35,8 +36,8 @@ def selection_bytes(config: RunConfig, plan: Plan, visible: VisiblePairs, column
     # Of each tile of rows one tile of keys is seen in part.
     shown = np.minimum(pairs // (visible.batch * TILE**2) + row_tiles, row_tiles * key_tiles)
     gradients = 2 * 2 * 4 * columns * config.model.head_dim
-    each = of_piece * (row_tiles * key_tiles + _LIST_ENTRY * shown + gradients)
-    return int(batch * each.max(initial=0))
+    each = batch * of_piece * (_NUMBER * (shown + keys) + gradients) + visible.batch * row_tiles * key_tiles
+    return int(each.max(initial=0))
 
 
 def estimation_bytes(config: RunConfig, sparse: SparseSection, slots: int) -> int:

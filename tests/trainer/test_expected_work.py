@@ -102,12 +102,12 @@ def test_a_denser_expectation_takes_longer() -> None:
 
 
 def test_lists_have_room_for_all_visible_tiles() -> None:
-    """One device: tiles as bytes, a list of int32 over the triangle; fp32 gradients of columns, in parts and summed."""
+    """One device: int32 over the triangle and over keys, fp32 gradients of columns twice; a byte a tile of the mask."""
     config, heads, columns = config_of({}, parallel={"plan": "single", "context": 1}), (16, 2), 100
     order, mask = orders.contiguous(LENGTH, 1), masks.causal(LENGTH)
     plan = plans.build("single", order, mask, heads)
     visible = verify(plan, order, mask).visible
-    expected = 16 * (BLOCKS**2 + 4 * (BLOCKS**2 // 2 + BLOCKS) + 2 * 2 * 4 * columns * 128)
+    expected = BLOCKS**2 + 16 * (4 * (BLOCKS**2 // 2 + BLOCKS + LENGTH) + 2 * 2 * 4 * columns * 128)
     assert selection_bytes(config, plan, visible, columns) == expected
     one = Degrees(1, 1, 1)
     assert estimate_memory(config, one, 0, 100 << 30).working > 100 << 30
