@@ -173,7 +173,10 @@ class _Run(ABC):
         self.wire.finish()
 
     def work(self, stage: PreparedStage) -> None:
-        """All pieces of a stage, but for those of which the host knows that nothing is selected."""
+        """All pieces of a stage, but for those of which the host knows that nothing is selected.
+
+        It does not ask at stage 0, where a rank has its own keys alone, some of which are always selected.
+        """
         for piece in stage.pieces:
             if self.sifted is None or stage.number == 0 or self.sifted.computes(piece.kv.blocks):
                 self.compute(piece)

@@ -34,7 +34,7 @@ class Selected:
     estimated: int
     index: VerticalSlashIndex
     recall: Tensor | None
-    sieve: Sieve | None
+    sieve: Sieve | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Sight:
 
     estimator: Estimator
     recall: Recall | None
-    sieve: Sieve | None
+    sieve: Sieve | None = None
 
 
 class SparseAttention:

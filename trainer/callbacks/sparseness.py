@@ -61,9 +61,10 @@ class Sparseness:
 
     def _traffic(self, trainer: Trainer, record: StepRecord, found: dict[int, Selected]) -> None:
         """Bytes that a sequence's ranks send for a layer, forward and backward, where it is keys and values alone."""
-        model, itemsize = trainer.config.model, 2 if trainer.config.train.dtype == "bf16" else 4
+        model, train = trainer.config.model, trainer.config.train
+        rows, itemsize = train.micro_batch_rows, 2 if train.dtype == "bf16" else 4
         sent = {
-            layer: bytes_sent(selected.sieve, selected.index, model.head_dim, len(selected.index.diagonals), itemsize)
+            layer: bytes_sent(selected.sieve, selected.index, model.head_dim, rows, itemsize)
             for layer, selected in found.items()
             if selected.sieve is not None
         }
