@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from farspan.kernels import rates
 from farspan.parallel.cost import NoRatesError
 from farspan.trainer.memory_estimate import estimate_memory, remedies
 from farspan.trainer.plan_choice import predict_attention
 from farspan.trainer.planned import LayerPlan, Planned
-from farspan.trainer.step_estimate import estimate_step
+from farspan.trainer.sparse_memory import selection_bytes
+from farspan.trainer.step_estimate import StepEstimate, estimate_step
 
 Say = Callable[[str, str], None]
 
@@ -28,23 +29,32 @@ def say_time(planned: Planned, say: Say) -> None:
     if train.dtype != "bf16":
         say("step", "no time predicted: rates were measured in bf16, and train.dtype is fp32")
         return
+    densities = planned.densities
     try:
         timelines = {
-            layer: predict_attention(
-                config, cluster, layer.plan, planned.order, layer.found.visible, layer.found.elements
+            (layer, density): predict_attention(
+                config, cluster, layer.plan, planned.order, layer.found.visible, layer.found.elements, density
             )
             for layer in planned.kinds
+            for density in dict.fromkeys((1.0, *densities))
+            if density == 1 or not layer.seen.window
         }
     except NoRatesError as error:
         say("step", f"no time predicted: {error}")
         return
     tokens = planned.order.slots * train.micro_batch_rows
-    step = estimate_step(config, planned.degrees, cluster, [timelines[layer] for layer in planned.layers], tokens)
+
+    def estimate(densities: Sequence[float]) -> StepEstimate:
+        lines = [timelines[layer, density] for layer, density in zip(planned.layers, densities)]
+        return estimate_step(config, planned.degrees, cluster, lines, tokens)
+
+    step = estimate(densities)
     table = rates.of_capability(cluster.compute_capability)
-    for layer, lines in timelines.items():
+    for (layer, density), lines in timelines.items():
         say(
             "layer",
-            ("attention" if len(timelines) == 1 else f"attention to {layer.seen.in_words}")
+            ("attention" if density == 1 else f"{100 * density:.3g} % of attention")
+            + ("" if len(planned.kinds) == 1 else f" to {layer.seen.in_words}")
             + " in rows of one document: "
             + ", ".join(
                 f"{direction} {1e3 * line.seconds:,.2f} ms ({1e3 * line.exposed_seconds:,.2f} waiting)"
@@ -57,6 +67,13 @@ def say_time(planned: Planned, say: Say) -> None:
         f"{step.total:,.3f} s expected, {train.tokens_per_step / step.total:,.0f} tokens/s: {step.compute:,.3f} s of "
         f"compute and {step.exposed:,.3f} s of exposed communication ({100 * step.exposed / step.total:.1f} %)",
     )
+    if planned.work is not None:
+        dense = estimate([1.0] * len(densities)).total
+        say(
+            "",
+            f"with dense attention in all layers {dense:,.3f} s: selecting makes a step {dense / step.total:.2f} times "
+            "as fast, but for the time that it takes itself, which is not predicted",
+        )
     say(
         "",
         f"compute: attention {step.attention:,.3f}, linear layers {step.linear:,.3f}, loss {step.loss:,.3f}, "
@@ -72,7 +89,8 @@ def say_time(planned: Planned, say: Say) -> None:
 def say_memory(planned: Planned, say: Say) -> None:
     config, cluster, degrees = planned.config, planned.cluster, planned.degrees
     plan_bytes = max(_plan_bytes(planned, layer) for layer in planned.kinds)
-    memory = estimate_memory(config, degrees, plan_bytes)
+    selection = max((_selection_bytes(planned, layer) for layer in planned.kinds), default=0)
+    memory = estimate_memory(config, degrees, plan_bytes, selection)
     available = int(cluster.memory_gib * 2**30)
 
     def gib(bytes_: int) -> str:
@@ -84,10 +102,11 @@ def say_memory(planned: Planned, say: Say) -> None:
         "",
         f"weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}{engine}; "
         f"kept by layers {gib(memory.kept)}, {memory.moment} {gib(memory.working)} (of other ranks and on the way "
-        f"{gib(plan_bytes)}); beside tensors {gib(memory.beside)}",
+        f"{gib(plan_bytes)}{f', lists of selected tiles {gib(selection)}' if selection else ''}); beside tensors "
+        f"{gib(memory.beside)}",
     )
     if memory.total > available:
-        changes = list(remedies(config, degrees, plan_bytes, available))
+        changes = list(remedies(config, degrees, plan_bytes, available, selection))
         advice = (
             f"set {', or '.join(changes)}"
             if changes
@@ -104,3 +123,9 @@ def _plan_bytes(planned: Planned, layer: LayerPlan) -> int:
     slot = 2 * planned.config.model.head_dim * planned.itemsize * train.micro_batch_rows
     sent = found.bytes_by_stage("backward", planned.itemsize, 4)
     return found.peak_slots["backward"] * slot + 2 * int(sent.max(initial=0))
+
+
+def _selection_bytes(planned: Planned, layer: LayerPlan) -> int:
+    if planned.work is None or layer.seen.window:
+        return 0
+    return selection_bytes(planned.config, layer.plan, layer.found.visible, planned.work.columns)

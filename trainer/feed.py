@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from farspan.data.batch import Batch
 from farspan.data.corpus import Corpus
 from farspan.data.prepared import Prepared
 from farspan.data.rows import IGNORED, Row, Rows
+from farspan.data.visibility import Visibility
 from farspan.kernels import to_device
 from farspan.kernels.tiles import TILE
 from farspan.models.attention import Selector
@@ -19,11 +20,12 @@ from farspan.models.config import ModelConfig
 from farspan.models.decoder import DecoderInput
 from farspan.parallel.estimate import Estimator
 from farspan.parallel.mesh import Mesh
-from farspan.parallel.prepare import prepare
+from farspan.parallel.prepare import PreparedPlan, prepare
 from farspan.parallel.recall import Recall
+from farspan.parallel.sieve import Sieve
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.arrangement import Arrangement
-from farspan.trainer.config import RunConfig
+from farspan.trainer.config import KEYS_TRAVEL, RunConfig
 from farspan.trainer.first_rows import step_rows
 from farspan.trainer.plan_choice import build_plan, plan_names
 from farspan.trainer.sparse import Sight, SparseAttention
@@ -103,6 +105,7 @@ class Feed:
                 rank,
                 device,
                 sparse_block=None if self.sparse is None else TILE,
+                sparse_wire=self.config.parallel.sparse_wire,
             )
             for seen, mask in batch.masks.items()
         }
@@ -112,20 +115,24 @@ class Feed:
             rotary_positions=to_device(batch.rotary_positions, device),
             plans=[plans[seen] for seen in self.arrangement.layers],
             group=self.mesh.links,
-            selectors=None if self.sparse is None else self._selectors(self.sparse, batch, step),
+            selectors=None if self.sparse is None else self._selectors(self.sparse, batch, plans, step),
         )
 
-    def _selectors(self, sparse: SparseAttention, batch: Batch, step: int | None) -> list[Selector | None]:
+    def _selectors(
+        self, sparse: SparseAttention, batch: Batch, plans: Mapping[Visibility, PreparedPlan], step: int | None
+    ) -> list[Selector | None]:
         """Layers that see alike share an estimator."""
         layers, order, sights = self.arrangement.layers, batch.order, {}
         rank, device = self.mesh.context_rank, self.mesh.device
         group = None if self.mesh.degrees.context == 1 else self.mesh.context
         for seen in dict.fromkeys(layers[layer] for layer in sparse.layers):
-            mask, recall = batch.masks[seen], None
+            mask, recall, sieve = batch.masks[seen], None, plans[seen].sieve
             estimator = Estimator(order, mask, sparse.settings.settings, rank, group, device)
             if step is not None and sparse.reports(step):
                 recall = Recall(sparse.recall_rows(step), order, mask, rank, group, device)
-            sights[seen] = Sight(estimator, recall)
+                if sieve is None and self.plans[seen].name in KEYS_TRAVEL and order.world > 1:
+                    sieve = Sieve(plans[seen].plan, order, mask, rank, TILE, device)
+            sights[seen] = Sight(estimator, recall, sieve)
         return sparse.selectors([sights[seen] if i in sparse.layers else None for i, seen in enumerate(layers)])
 
     def _batch(self, rows: Sequence[Row], samples: Sequence[int]) -> Batch:
