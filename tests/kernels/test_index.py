@@ -7,7 +7,8 @@ from support.index_cases import index_cases
 from support.oracle import dense_attention, difference, mask_cases, random_qkv
 
 from farspan.kernels import attend, attend_backward, masks, merge
-from farspan.kernels.index import BlockIndex, Places
+from farspan.kernels.block_index import BlockIndex
+from farspan.kernels.index import Places
 from farspan.parallel import orders
 
 LENGTH, BLOCK, HEADS = 61, 8, (4, 2)
@@ -88,10 +89,15 @@ def test_some_heads_of_an_index() -> None:
 def test_a_block_index_selects_its_tiles() -> None:
     blocks = -(-LENGTH // BLOCK)
     tiles = torch.rand(1, HEADS[0], blocks, blocks, generator=torch.Generator().manual_seed(1)) < 0.4
-    index = BlockIndex(tiles, LENGTH, BLOCK)
+    index = BlockIndex.of(tiles, LENGTH, BLOCK)
     position = torch.arange(LENGTH) // BLOCK
-    assert torch.equal(index.to_dense(), tiles[:, :, position][:, :, :, position].tril())
-    assert index.density().shape == (1, HEADS[0])
+    dense = tiles[:, :, position][:, :, :, position].tril()
+    assert torch.equal(index.to_dense(), dense)
+    assert torch.equal(index.density(), tiles.tril().sum((2, 3)).double() / (blocks * (blocks + 1) // 2))
+    rows, keys = torch.tensor([0, 9, 33, 60]), torch.arange(3, 61, 4)
+    assert torch.equal(index.selects(rows, keys) & (keys <= rows[:, None]), dense[:, :, rows][..., keys])
+    with pytest.raises(ValueError, match=r"over 61 tokens has 8 sets of blocks"):
+        BlockIndex(index.words[:, :, :5], LENGTH, BLOCK)
 
 
 def test_tiles_that_are_not_blocks_of_positions_are_refused() -> None:
