@@ -28,6 +28,7 @@ from farspan.kernels.tiles import TILE
 from farspan.kernels.transfer import to_device
 
 _ROW_BLOCKS = 32  # whose gates exist at once, for the query heads of one kv head
+_KEY_BLOCKS = 256  # whose keys exist in fp32 at once
 _HIDDEN = -(1 << 63)
 
 
@@ -64,7 +65,7 @@ def chunks_count(mask: IntervalMask, chunk: int) -> np.ndarray:
 
 def block_sums(k: Tensor) -> Tensor:
     """fp32 `[blocks, B, Hkv, D]` of k `[blocks, B, TILE, Hkv, D]`, which has zeros where a token does not count."""
-    return fixed_sum(k.float().movedim(2, -1))
+    return torch.cat([fixed_sum(some.float().movedim(2, -1)) for some in k.split(_KEY_BLOCKS)])
 
 
 @torch.no_grad()

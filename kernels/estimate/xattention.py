@@ -91,7 +91,7 @@ def xattention(q: Tensor, k: Tensor, sight: CellSight, settings: XAttention, sca
     group, stride, at_once = q.shape[3] // kv_heads, settings.stride, min(_ROW_BLOCKS, blocks)
     keys = _cells(k, stride).permute(1, 2, 0, 3, 4).flatten(2, 3)  # [B, Hkv, cells, stride x D]
     cells = min(_CELLS, keys.shape[2])
-    keys = functional.pad(keys, (0, 0, 0, -keys.shape[2] % cells))
+    keys = functional.pad(keys, (0, 0, 0, -keys.shape[2] % cells)) if keys.shape[2] % cells else keys
     found = torch.empty(len(q), batch, kv_heads, group, -(-blocks // WORD), dtype=torch.int32, device=q.device)
     for first in range(0, len(q), at_once):
         some = slice(first, min(first + at_once, len(q)))
