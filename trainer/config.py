@@ -202,8 +202,8 @@ class SparseSection(_Section):
     some rows (`vertical_slash`, MTraining); tiles, from sums over antidiagonals (`xattention`); chunks of keys for each
     token, from their mean keys (`moba`)."""
     mass: float = Field(0.9, gt=0, le=1)
-    """`vertical_slash`, as the following keys up to `most_diagonals`, and `budgets`: share of what the probe rows attend
-    to that each head's selection computes, unless a cap stops it."""
+    """`vertical_slash`, as are the following keys up to `most_diagonals`, and `budgets`: share of what the probe rows
+    attend to that each head's selection computes, unless a cap stops it."""
     probes: Literal[16, 32, 64, 128] = 64
     """Rows of a probe set, from whose attention a selection is estimated: the last ones of a sequence."""
     segments: int = Field(1, gt=0)
