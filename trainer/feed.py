@@ -9,9 +9,11 @@ import numpy as np
 import torch.distributed as dist
 
 from farspan.data.batch import Batch
+from farspan.data.concatenated import ConcatRows
 from farspan.data.corpus import Corpus
 from farspan.data.prepared import Prepared
-from farspan.data.rows import IGNORED, Row, Rows
+from farspan.data.rows import IGNORED, Row
+from farspan.data.steps import deal
 from farspan.kernels import to_device
 from farspan.kernels.tiles import TILE
 from farspan.models.attention import Selector
@@ -24,7 +26,7 @@ from farspan.parallel.recall import Recall
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import RunConfig
-from farspan.trainer.first_rows import step_rows
+from farspan.trainer.first_rows import training_steps
 from farspan.trainer.plan_choice import build_plan, plan_names
 from farspan.trainer.sparse import Sight, SparseAttention
 
@@ -35,11 +37,11 @@ class Feed:
     def __init__(self, config: RunConfig, model: ModelConfig, prepared: Prepared, mesh: Mesh) -> None:
         self.mesh, self.config = mesh, config
         self.arrangement = Arrangement(config, mesh.degrees.context)
-        self.steps = step_rows(config, prepared, mesh.degrees.data)
+        self.steps = training_steps(config, prepared)
         # Those of data rank 0, on all ranks, so that all choose the same plan.
-        first = [self.steps.row(sample) for sample in self.steps.samples(0, 0, 0)]
+        first = [self.steps.row(sample) for sample in self._samples(0, 0)[0]]
         self.plans = plan_names(config, self.arrangement, first)
-        heldout = Rows(Corpus(prepared, "heldout"), config.train.sequence_length, config.run.seed)
+        heldout = ConcatRows(Corpus(prepared, "heldout"), config.train.sequence_length, config.run.seed)
         self.heldout = heldout
         self.heldout_rows = min(config.eval.rows, len(heldout))
         self.sparse = None if config.attention.sparse is None else SparseAttention(config, mesh.tensor_rank)
@@ -54,11 +56,8 @@ class Feed:
         """This rank's micro-batches of one optimizer step (from 0)."""
         if self._ahead is not None and self._ahead[0] == step:
             return self._ahead[1]
-        batches = []
-        for micro_batch in range(self.steps.micro_batches):
-            samples = self.steps.samples(step, micro_batch, self.mesh.data_rank)
-            batches.append(self._batch([self.steps.row(sample) for sample in samples], samples))
-        return batches
+        dealt = self._samples(step, self.mesh.data_rank)
+        return [self._batch([self.steps.row(sample) for sample in samples], samples) for samples in dealt]
 
     def heldout_batches(self) -> list[Batch]:
         """The held-out rows, shared out over data ranks; each takes equally many, a last one may have no labels."""
@@ -127,6 +126,9 @@ class Feed:
                 recall = Recall(sparse.recall_rows(step), order, mask, rank, group, device)
             sights[seen] = Sight(estimator, recall)
         return sparse.selectors([sights[seen] if i in sparse.layers else None for i, seen in enumerate(layers)])
+
+    def _samples(self, step: int, data_rank: int) -> list[Sequence[int]]:
+        return deal(self.steps.samples(step), self.config.train.micro_batch_rows, self.mesh.degrees.data, data_rank)
 
     def _batch(self, rows: Sequence[Row], samples: Sequence[int]) -> Batch:
         return self.arrangement.batch(rows, self.mesh.context_rank, samples)

@@ -44,7 +44,7 @@ def describe_start(
     report(
         f"step: {train.tokens_per_step:,} tokens = {train.rows_per_step} rows of {train.sequence_length:,} | "
         f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents, "
-        f"{len(feed.steps.rows):,} rows | held out: {feed.heldout_rows} rows"
+        f"held out: {feed.heldout_rows} rows"
     )
     report(f"attention of the first batch: {_backends(config, feed, step)}")
 
