@@ -37,9 +37,10 @@ class Curriculum:
       as the odds of the buckets up to k, backwards, and then of those above: most of them in part k. In a part they
       are shuffled. (The schedule of OLMo-core.)
 
-    The first step of all is of the longest bucket, so that a run which does not fit into memory ends at once. `buckets`,
-    `shares` and `odds` are ordered from the shortest to the longest. Sample numbers of a step begin at step x rows of
-    the shortest bucket.
+    The first step of all is of the longest bucket, so that a run which does not fit into memory ends at once.
+
+    `buckets`, `shares` and `odds` are ordered from the shortest to the longest. The samples of step s are numbered from
+    s times the rows that a step of the shortest bucket has.
     """
 
     def __init__(

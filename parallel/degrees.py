@@ -26,6 +26,12 @@ class Degrees:
         """Ranks that share optimizer state, and over which gradients are summed."""
         return self.data * self.context
 
+    def with_context(self, context: int) -> Degrees:
+        """The same ranks with another context degree, a divisor of data x context."""
+        if self.shard % context:
+            raise MeshError(f"{self.shard} data x context ranks cannot be divided into groups of {context}")
+        return Degrees(self.shard // context, context, self.tensor)
+
     @classmethod
     def divide(cls, world: int, context: int, tensor: int) -> Degrees:
         """The data degree that `world` processes leave; MeshError, with the nearest possible degrees, if none."""
