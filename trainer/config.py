@@ -56,8 +56,8 @@ class DecomposeSection(_Section):
     """Dataset decomposition (docs/dataset-decomposition.md), for `data.method: decompose`."""
 
     shortest: int = Field(256, gt=1)
-    """Tokens of the shortest rows, a power of two; `train.sequence_length` are those of the longest. What a document has
-    left beyond its rows is shorter than these, and is not trained on."""
+    """Tokens of the shortest rows, a power of two; those of the longest are `train.sequence_length`. What a document
+    has left beyond its rows is shorter than these, and is not trained on."""
     randomize: bool = True
     """Draw the lengths of rows in documents of two of the longest or more, so that all get equally many of their
     tokens; if not, these are cut into the longest."""
@@ -85,13 +85,13 @@ class DataSection(_Section):
 
 
 class CurriculumSection(_Section):
-    """The order of rows of different lengths, for `data.method: decompose`. Lists go from the shortest to the longest."""
+    """The order of rows by length, for `data.method: decompose`. Lists go from the shortest to the longest."""
 
     odds: str | list[Annotated[float, Field(gt=0)]] = "uniform"
     """How likely a step is of each length while a cycle has such steps left: `uniform`; `grow_linear`, `grow_p2` or
     `grow_p100`, with which short rows come first; `shrink_p100`, with which long ones do; or a number for each."""
     mixture: Literal["natural", "equal"] | list[Annotated[float, Field(gt=0)]] = "natural"
-    """Tokens of each length in a cycle: in proportion to those that the text has, equally many, or a number for each."""
+    """Tokens of each length in a cycle: as the text has them, equally many, or in proportion to a number for each."""
     cycles: int = Field(1, gt=0)
     """Equal parts of the run, each with the whole mixture in the order of the odds; they divide `train.steps`."""
     schedule: Literal["random", "sub_cycles"] = "random"
@@ -399,7 +399,7 @@ class RunConfig(_Section):
         data, train, curriculum = self.data, self.train, self.curriculum
         if data.method != "decompose":
             for key, given in (("data.decompose", data.decompose), ("curriculum", curriculum)):
-                if given != type(given)():
+                if given != type(given).model_validate({}):
                     raise ValueError(
                         f"{key} does nothing with data.method {data.method}; leave it out, or set data.method to "
                         "decompose"

@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 from farspan.kernels import rates
 from farspan.parallel.cost import NoRatesError
+from farspan.parallel.plan import Direction
+from farspan.parallel.timeline import Timeline
 from farspan.trainer.memory_estimate import estimate_memory, remedies
 from farspan.trainer.plan_choice import predict_attention
 from farspan.trainer.planned import LayerPlan, Planned
-from farspan.trainer.step_estimate import estimate_step
+from farspan.trainer.step_estimate import StepEstimate, estimate_step
 
 Say = Callable[[str, str], None]
 
 
 def say_time(planned: Planned, say: Say) -> None:
-    config, cluster, train = planned.config, planned.cluster, planned.config.train
+    cluster, train = planned.cluster, planned.config.train
     at_once = planned.degrees.data * train.micro_batch_rows
     if train.rows_per_step % at_once:
         say(
@@ -29,17 +31,10 @@ def say_time(planned: Planned, say: Say) -> None:
         say("step", "no time predicted: rates were measured in bf16, and train.dtype is fp32")
         return
     try:
-        timelines = {
-            layer: predict_attention(
-                config, cluster, layer.plan, planned.order, layer.found.visible, layer.found.elements
-            )
-            for layer in planned.kinds
-        }
+        step, timelines = predict_step(planned)
     except NoRatesError as error:
         say("step", f"no time predicted: {error}")
         return
-    tokens = planned.order.slots * train.micro_batch_rows
-    step = estimate_step(config, planned.degrees, cluster, [timelines[layer] for layer in planned.layers], tokens)
     table = rates.of_capability(cluster.compute_capability)
     for layer, lines in timelines.items():
         say(
@@ -67,6 +62,36 @@ def say_time(planned: Planned, say: Say) -> None:
         f"exposed: attention {step.waiting:,.3f}, tensor parallelism {step.tensor:,.3f}, gradients and weights "
         f"{step.reduction:,.3f}",
     )
+
+
+def predict_step(planned: Planned) -> tuple[StepEstimate, dict[LayerPlan, dict[Direction, Timeline]]]:
+    """With the attention of one layer of each kind; NoRatesError where nothing was measured to predict it by."""
+    config, cluster = planned.config, planned.cluster
+    timelines = {
+        layer: predict_attention(config, cluster, layer.plan, planned.order, layer.found.visible, layer.found.elements)
+        for layer in planned.kinds
+    }
+    tokens = planned.order.slots * config.train.micro_batch_rows
+    attention = [timelines[layer] for layer in planned.layers]
+    return estimate_step(config, planned.degrees, cluster, attention, tokens), timelines
+
+
+def say_length(planned: Planned, say: Say) -> None:
+    """One line on rows that are shorter than the longest, where `farspan plan` says everything of these."""
+    order, degrees, train = planned.order, planned.degrees, planned.config.train
+    names = " and ".join(dict.fromkeys(layer.plan.name for layer in planned.layers))
+    text = (
+        f"{order.length:,} tokens: data {degrees.data} x context {degrees.context}, {train.micro_batch_rows:,} "
+        f"row{'' if train.micro_batch_rows == 1 else 's'} in a micro-batch, {names}, verified"
+    )
+    if train.dtype == "bf16" and train.rows_per_step % (degrees.data * train.micro_batch_rows) == 0:
+        try:
+            seconds = predict_step(planned)[0].total
+        except NoRatesError:  # said of the longest rows
+            pass
+        else:
+            text += f"; a step of {seconds:,.3f} s expected, {train.tokens_per_step / seconds:,.0f} tokens/s"
+    say("rows", text)
 
 
 def say_memory(planned: Planned, say: Say) -> None:

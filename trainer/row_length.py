@@ -14,6 +14,12 @@ def context_of(config: RunConfig, length: int) -> int:
     return min(most, 1 << (-(-length // held) - 1).bit_length())
 
 
+def narrower_contexts(config: RunConfig) -> list[int]:
+    """The degrees below `parallel.context` that rows of some length have, the largest first."""
+    found = {context_of(config, length) for length in config.row_lengths}
+    return sorted(found - {config.parallel.context}, reverse=True)
+
+
 def for_rows(config: RunConfig, length: int) -> RunConfig:
     """The configuration of a run that has rows of this length alone, with as many tokens in a micro-batch of a rank.
 

@@ -128,6 +128,7 @@ def test_tensorboard_shows_every_metric_under_its_group(tmp_path: Path) -> None:
         "speed/step_seconds",
         "speed/tokens_per_second",
         "data/sequence_length",
+        "data/context",
     ]
     assert [scalars(tmp_path, tag)[7] for tag in tags] == [float(number) for number in range(8)]
 

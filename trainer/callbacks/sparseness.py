@@ -7,7 +7,6 @@ import torch
 
 from farspan.parallel.balance import imbalance, stage_imbalance, step_imbalance
 from farspan.parallel.index_work import work
-from farspan.parallel.orders import Order
 from farspan.trainer.callbacks.recording import Recording
 from farspan.trainer.sparse import SparseAttention, of_all_heads
 from farspan.trainer.trainer import StepRecord, Trainer
@@ -16,15 +15,16 @@ from farspan.trainer.trainer import StepRecord, Trainer
 class Sparseness:
     """Adds to a step's record; comes before `Recording`, which is given on the rank that writes."""
 
-    def __init__(self, sparse: SparseAttention, order: Order, recording: Recording | None) -> None:
-        self.sparse, self.order, self.recording = sparse, order, recording
+    def __init__(self, sparse: SparseAttention, recording: Recording | None) -> None:
+        self.sparse, self.recording = sparse, recording
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         step = record.step - 1
         found = {layer: selected for layer, selected in self.sparse.newest.items() if selected.step == step}
-        if not found or trainer.mesh.data_rank or trainer.mesh.context_rank:  # the others selected the same, or alike
+        sharing = trainer.feed.sharing_of_step(step)
+        if not found or sharing.mesh.data_rank or sharing.mesh.context_rank:  # the others selected the same, or alike
             return
-        tensor = trainer.mesh.tensor
+        tensor, order = trainer.mesh.tensor, sharing.arrangement.order()
         density = of_all_heads(torch.stack([selected.index.density()[0] for selected in found.values()]), tensor)
         columns = of_all_heads(torch.stack([s.index.column_counts()[0].double() for s in found.values()]), tensor)
         record.further |= {"sparse_density": float(density.mean()), "sparse_columns": float(columns.mean())}
@@ -34,7 +34,7 @@ class Sparseness:
         if not recalls:
             return
         recall = of_all_heads(torch.stack(recalls), tensor)
-        pairs = np.stack([work(selected.index, self.order) for selected in found.values()])
+        pairs = np.stack([work(selected.index, order) for selected in found.values()])
         by_stage = of_all_heads(torch.from_numpy(pairs).to(density.device), tensor)
         record.further["sparse_recall"] = float(recall.mean())
         for layer, line, shares in zip(found, recall, by_stage.cpu().numpy()):
