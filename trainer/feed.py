@@ -11,8 +11,8 @@ import torch.distributed as dist
 from farspan.data.batch import Batch
 from farspan.data.concatenated import ConcatRows
 from farspan.data.corpus import Corpus
+from farspan.data.prefetch import Prefetch
 from farspan.data.prepared import Prepared
-from farspan.data.readers import Readers
 from farspan.data.rows import IGNORED, Row, blank_row
 from farspan.data.steps import deal
 from farspan.kernels import to_device
@@ -44,10 +44,10 @@ class Feed:
         self.sharings = {length: self._sharing(length) for length in self.steps.lengths}
         self.sparse = None if config.attention.sparse is None else SparseAttention(config, mesh.tensor_rank)
         self._ahead: tuple[int, list[Batch], DecoderInput] | None = None
-        self._readers = Readers(self._rows, config.data.workers, config.parallel.timeout_seconds)
+        self._prefetch = Prefetch(self._rows, config.data.workers, config.parallel.timeout_seconds)
 
     def close(self) -> None:
-        self._readers.close()
+        self._prefetch.close()
 
     @property
     def longest(self) -> Sharing:
@@ -67,7 +67,7 @@ class Feed:
         if self._ahead is not None and self._ahead[0] == step:
             return self._ahead[1]
         sharing = self.sharing_of_step(step)
-        micro_batches = zip(self._readers(step), self._dealt(step), strict=True)
+        micro_batches = zip(self._prefetch(step), self._dealt(step), strict=True)
         return [self._batch(sharing, rows, samples) for rows, samples in micro_batches]
 
     def heldout_batches(self) -> list[Batch]:

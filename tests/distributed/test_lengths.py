@@ -34,7 +34,6 @@ def make_config(directory: Path, prepared: Path, **sections: Any) -> RunConfig:
             "directory": str(prepared),
             "method": "decompose",
             "decompose": {"shortest": 64},
-            **sections.pop("data", {}),
         },
         "curriculum": {"odds": "grow_p2", "mixture": "equal", "cycles": 2, "schedule": "sub_cycles"},
         "train": {"steps": STEPS, "sequence_length": 4096, "tokens_per_step": 8192, "dtype": "fp32"},
@@ -101,10 +100,7 @@ def test_the_context_degree_follows_the_length_and_the_loss_stays(
     zigzag = {"context": 4, "tokens_per_rank": 1024, "zero_stage": 3}
     striped = {"context": 4, "tokens_per_rank": 1500, "order": "striped", "stripe": 16, "plan": "all_gather"}
     train = {"steps": STEPS, "sequence_length": 4096, "tokens_per_step": 8192, "dtype": "fp32", "micro_batch_rows": 2}
-    changes: list[dict[str, Any]] = [
-        {"parallel": zigzag},
-        {"parallel": striped, "train": train, "data": {"workers": 2}},
-    ]
+    changes: list[dict[str, Any]] = [{"parallel": zigzag}, {"parallel": striped, "train": train}]
     configs = [make_config(tmp_path / str(i), prepared, **change) for i, change in enumerate(changes)]
     by_zigzag, by_striped = pool.run(4, train_runs, configs)[0]
     check_against(alone, by_zigzag)
@@ -119,6 +115,8 @@ def test_with_tensor_ranks_and_a_hierarchy(
 ) -> None:
     tensor = {"context": 2, "tensor": 2, "tokens_per_rank": 2048}
     nodes = {"context": 4, "inner": 2, "plan": "hierarchical_ring", "tokens_per_rank": 1024}
-    configs = [make_config(tmp_path / str(i), prepared, parallel=parallel) for i, parallel in enumerate((tensor, nodes))]
+    configs = [
+        make_config(tmp_path / str(i), prepared, parallel=parallel) for i, parallel in enumerate((tensor, nodes))
+    ]
     for rows in pool.run(4, train_runs, configs)[0]:
         check_against(alone, rows)

@@ -16,11 +16,11 @@ Made = TypeVar("Made")
 _AHEAD = 2  # steps that each process makes ahead of the one that is asked for
 
 
-class ReaderError(RuntimeError):
-    """A reader failed, died or was too slow; the message says which step, and holds its traceback."""
+class PrefetchError(RuntimeError):
+    """A process failed, died or was too slow; the message says which step, and holds its traceback."""
 
 
-class Readers(Generic[Made]):
+class Prefetch(Generic[Made]):
     """`make(step)`, made ahead by `workers` processes; with none of them it is called here.
 
     The processes are forked, so that they have what `make` reads without copying it, and take turns: step s is made by
@@ -28,7 +28,7 @@ class Readers(Generic[Made]):
     """
 
     def __init__(self, make: Callable[[int], Made], workers: int, patience: float) -> None:
-        """`patience`: seconds after which a reader that has not answered is given up."""
+        """`patience`: seconds after which a process that has not answered is given up."""
         self._make, self._patience = make, patience
         self._asked: dict[int, None] = {}
         self._made: dict[int, Made] = {}
@@ -59,7 +59,7 @@ class Readers(Generic[Made]):
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
-        # A reader ends when the last copy of our end of its pipe is closed, and so must not keep any.
+        # A process ends when the last copy of our end of its pipe is closed, and so must not keep any.
         inherited = [ours, *(pipe for _, pipe in self._workers)]
         process = context.Process(target=_serve, args=(self._make, theirs, inherited), daemon=True, name="farspan-rows")
         process.start()
@@ -78,7 +78,7 @@ class Readers(Generic[Made]):
         process, pipe = self._workers[step % len(self._workers)]
         try:
             if not pipe.poll(self._patience):
-                raise ReaderError(
+                raise PrefetchError(
                     f"the rows of step {step + 1} were not read within {self._patience:g} s by process {process.pid}; "
                     "raise parallel.timeout_seconds, or data.workers"
                 )
@@ -87,19 +87,19 @@ class Readers(Generic[Made]):
             raise self._dead(process, step) from error
         del self._asked[answered]
         if failure is not None:
-            raise ReaderError(f"the rows of step {answered + 1} could not be read:\n{failure}")
+            raise PrefetchError(f"the rows of step {answered + 1} could not be read:\n{failure}")
         self._made[answered] = made
 
-    def _dead(self, process: BaseProcess, step: int) -> ReaderError:
+    def _dead(self, process: BaseProcess, step: int) -> PrefetchError:
         process.join(1)
-        return ReaderError(
+        return PrefetchError(
             f"process {process.pid}, which reads the rows of step {step + 1} (data.workers), died with exit code "
             f"{process.exitcode}"
         )
 
 
 def _serve(make: Callable[[int], Any], pipe: Connection, inherited: list[Connection]) -> None:
-    # What asks a training process to stop is not for its readers: they end with it.
+    # What asks a training process to stop is not for these: they end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in inherited:
