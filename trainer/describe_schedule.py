@@ -62,8 +62,8 @@ def describe_schedule(config: RunConfig, report: Callable[[str], None], plot: Pa
         f"{config.data.decompose.shortest}"
     )
     report(
-        f"rows of the run have {average_length(taken):,.0f} tokens on average, and a token {average_context(taken):,.0f} "
-        "before it"
+        f"rows of the run have {average_length(taken):,.0f} tokens on average, and their tokens "
+        f"{average_context(taken):,.0f} before them"
     )
     report(f"mean length of steps by tenths of the run: {_by_parts(lengths)}")
     if plot is not None:
@@ -85,7 +85,7 @@ def plot_schedule(lengths: NDArray[np.int64], tokens: dict[int, tuple[int, int]]
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     by_step, by_length = figure.subplots(1, 2, width_ratios=(2, 1))
-    by_step.scatter(np.arange(1, len(lengths) + 1), lengths, s=4, linewidths=0)
+    by_step.scatter(np.arange(1, len(lengths) + 1), lengths, s=8, linewidths=0)
     by_step.set_yscale("log", base=2)
     by_step.set(title="length of each step's rows", xlabel="step", ylabel="tokens of a row")
     shortest_first = sorted(tokens)

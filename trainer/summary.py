@@ -42,9 +42,9 @@ def describe_start(
         for chosen in sharing.plans.values():
             if chosen.reason:
                 report(chosen.reason if len(feed.sharings) == 1 else f"rows of {length:,}: {chosen.reason}")
-    rows = " or ".join(
+    rows = ", or ".join(
         f"{train.tokens_per_step // length:,} rows of {length:,}"
-        + (f" on {sharing.mesh.degrees.context}" if feed.mesh.narrower else "")
+        + (f" (context {sharing.mesh.degrees.context})" if feed.mesh.narrower else "")
         for length, sharing in feed.sharings.items()
     )
     report(
