@@ -56,7 +56,7 @@ ARMS = {
     "concat, masked": ["attention.across_documents=false"],
     "concat": ["attention.across_documents=true"],
 }
-EVALUATIONS = 4
+EVALUATIONS = 6
 ROWS_OF_A_LENGTH = 32  # that its held-out loss is of, at most
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--config", type=Path, default=_HERE / "decompose.yaml")
     parser.add_argument("--shortest", type=int, default=256, help="tokens of the shortest rows")
-    parser.add_argument("--cycles", type=int, default=8, help="of the curriculum")
+    parser.add_argument("--cycles", type=int, default=4, help="of the curriculum")
     parser.add_argument("--output", type=Path, default=Path("decompose"), help="folder of the results")
     options = parser.parse_intermixed_args()
 
