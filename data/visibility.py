@@ -106,11 +106,9 @@ class Visibility:
 
 
 def _same_documents(one: Row, other: Row) -> bool:
-    if (one.contexts is None) != (other.contexts is None):
-        return False
-    return np.array_equal(one.cu_seqlens, other.cu_seqlens) and (
-        one.contexts is None or np.array_equal(one.contexts, other.contexts)
-    )
+    if one.contexts is None or other.contexts is None:
+        return one.contexts is other.contexts and np.array_equal(one.cu_seqlens, other.cu_seqlens)
+    return np.array_equal(one.cu_seqlens, other.cu_seqlens) and np.array_equal(one.contexts, other.contexts)
 
 
 BY_DOCUMENT = Visibility()

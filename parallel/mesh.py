@@ -60,7 +60,7 @@ class Mesh:
         )
         loss = parallel_state.get_data_parallel_group(with_context_parallel=True)
         context = parallel_state.get_context_parallel_group()
-        outer = _group(dist.get_process_group_ranks(context), device) if outer_link else context
+        outer = _new_group(degrees.context_groups(), device) if outer_link else context
         mesh = cls(
             degrees=degrees,
             device=device,
@@ -85,17 +85,12 @@ class Mesh:
 
     def _narrowed(self, context: int, outer_link: bool) -> Mesh:
         """Collective: neighbours among the ranks that share a sequence here share one there."""
-        ranks = sorted(dist.get_process_group_ranks(self.shard))
-        place = ranks.index(dist.get_rank())
-        sharing = ranks[place // context * context :][:context]
-        group = _group(sharing, self.device)
-        outer = _group(sharing, self.device) if outer_link else group
+        degrees, device = self.degrees.with_context(context), self.device
+        group = _new_group(degrees.context_groups(), device)
+        outer = _new_group(degrees.context_groups(), device) if outer_link else group
+        batch = _new_group(degrees.batch_groups(), device)
         return replace(
-            self,
-            degrees=self.degrees.with_context(context),
-            batch=_group(ranks[place % context :: context], self.device),
-            context=group,
-            links=dict.fromkeys(LINKS, group) | {"outer": outer},
+            self, degrees=degrees, batch=batch, context=group, links=dict.fromkeys(LINKS, group) | {"outer": outer}
         )
 
     @property
@@ -121,7 +116,8 @@ def _timeout(device: torch.device) -> timedelta:
     return dist.group.WORLD._get_backend(device).options._timeout
 
 
-def _group(ranks: list[int], device: torch.device) -> dist.ProcessGroup:
-    """Another group of these ranks, of which this is one; all of them make it, and no others."""
-    options = transfer_options(device)
-    return dist.new_group(ranks, _timeout(device), pg_options=options, use_local_synchronization=True)
+def _new_group(groups: list[list[int]], device: torch.device) -> dist.ProcessGroup:
+    """A new group of the ranks with which this one is in `groups`; all ranks make all of these, in one order."""
+    timeout, options = _timeout(device), transfer_options(device)
+    made = [dist.new_group(ranks, timeout, pg_options=options) for ranks in groups]
+    return next(group for ranks, group in zip(groups, made, strict=True) if dist.get_rank() in ranks)
