@@ -19,6 +19,7 @@ from farspan.trainer.budgets import Budgets
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.describe_backends import attention_problem
+from farspan.trainer.first_rows import training_steps
 from farspan.trainer.host_memory import check_host_memory
 from farspan.trainer.row_length import degrees_for_rows, for_rows
 
@@ -52,6 +53,11 @@ def check(config: RunConfig, processes: int) -> Preflight:
     _check_sparse_budgets(config)
     for shortage in short_splits(config, prepared):
         raise ConfigError(shortage)
+    if config.data.method == "decompose":
+        try:
+            training_steps(config, prepared)
+        except DataError as error:
+            raise ConfigError(str(error)) from error
     longest = for_rows(config, config.train.sequence_length)
     if torch.cuda.is_available():
         shared = degrees_for_rows(config, degrees, config.train.sequence_length)
