@@ -30,7 +30,7 @@ class Prefetch(Generic[Made]):
     def __init__(self, make: Callable[[int], Made], workers: int, patience: float) -> None:
         """`patience`: seconds after which a process that has not answered is given up."""
         self._make, self._patience = make, patience
-        self._asked: dict[int, None] = {}
+        self._asked: set[int] = set()
         self._made: dict[int, Made] = {}
         self._workers: list[tuple[BaseProcess, Connection]] = []
         for _ in range(workers):
@@ -41,7 +41,7 @@ class Prefetch(Generic[Made]):
             return self._make(step)
         for coming in range(step, step + _AHEAD * len(self._workers)):
             if coming not in self._asked and coming not in self._made:
-                self._asked[coming] = None
+                self._asked.add(coming)
                 self._send(coming)
         while step not in self._made:
             self._receive(step)
@@ -85,7 +85,7 @@ class Prefetch(Generic[Made]):
             answered, made, failure = pipe.recv()
         except (EOFError, OSError) as error:
             raise self._dead(process, step) from error
-        del self._asked[answered]
+        self._asked.remove(answered)
         if failure is not None:
             raise PrefetchError(f"the rows of step {answered + 1} could not be read:\n{failure}")
         self._made[answered] = made
