@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
-from farspan.trainer.config import RunConfig
+from farspan.trainer.checkpoint.state import RunState
+from farspan.trainer.checkpoint.store import CheckpointStore, Found
+from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_schedule import describe_schedule
 from farspan.trainer.feed import Feed
 from farspan.trainer.first_rows import training_steps
@@ -179,3 +183,41 @@ def test_the_schedule_in_words(prepared: Prepared, monkeypatch: pytest.MonkeyPat
     # All tokens are in rows, or a document's last label, or discarded.
     whole = int(lines[7].split(" of ")[1].split()[0].replace(",", ""))
     assert tokens + documents + discarded == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"run": {"dir": "x", "seed": 5}}, "run.seed was 4 and is 5"),
+        (
+            {"curriculum": {"odds": "uniform", "cycles": 5}},
+            "curriculum.odds was [16.0, 8.0, 4.0, 2.0, 1.0] and is [1.0,",
+        ),
+        ({"curriculum": {"odds": "grow_p2", "cycles": 10}}, "train.steps / curriculum.cycles was 20 and is 10"),
+        ({"curriculum": {"odds": "grow_p2", "cycles": 5, "mixture": "equal"}}, "mixture was natural and is equal"),
+        ({"data": SECTIONS["data"] | {"decompose": {"shortest": 32}}}, "data.decompose.shortest was 16 and is 32"),
+        ({"data": {"sources": ["none"], "directory": "none"}, "curriculum": {}}, "method was decompose and is concat"),
+    ],
+)
+def test_another_order_of_samples_is_not_resumed(prepared: Prepared, changes: dict[str, Any], named: str) -> None:
+    sections = {key: changes[key] if key in changes else SECTIONS[key] for key in SECTIONS}
+    now = state_of(RunConfig.model_validate(sections), prepared)
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        now.check(Found(10, Path("step_10"), {"identity": state_of(config_of(), prepared).identity}))
+
+
+def test_another_text_or_tokenizer_is_not_resumed(prepared: Prepared) -> None:
+    saved = Found(10, Path("step_10"), {"identity": state_of(config_of(), prepared).identity})
+    for change, named in (({"fingerprint": "b"}, "data (fingerprint)"), ({"tokenizer_digest": "c"}, "data.tokenizer")):
+        with pytest.raises(ConfigError, match=re.escape(named)):
+            state_of(config_of(), replace(prepared, **change)).check(saved)
+
+
+def test_tokens_of_a_rank_and_workers_may_change(prepared: Prepared) -> None:
+    saved = Found(10, Path("step_10"), {"identity": state_of(config_of(), prepared).identity})
+    changed = config_of(parallel={"tokens_per_rank": 256}, data=SECTIONS["data"] | {"workers": 3})
+    state_of(changed, prepared).check(saved)
+
+
+def state_of(config: RunConfig, prepared: Prepared) -> RunState:
+    return RunState(CheckpointStore(Path("none"), keep=1), config, config.model, "one rank", prepared)
