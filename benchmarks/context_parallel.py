@@ -11,7 +11,9 @@ one that the others wait for. `idle` is that share on the rank where it is large
 
 is sparse attention with the index of `sparse_attention.py`, in striped order: pairs are those that are computed, and of
 the kernels' measured times `worker` is the busiest rank over the mean, `lockstep` the sum over stages of the slowest
-rank's over it. Without GPUs it runs over gloo on CPUs with the reference backend, for trying the script out.
+rank's over it. With `--sparse-wire` what is not selected is not sent, and `sent` are the bytes that are, over those of
+dense attention, in both directions. Without GPUs it runs over gloo on CPUs with the reference backend, for trying the
+script out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,6 +46,7 @@ from farspan.parallel.execute import attention
 from farspan.parallel.orders import Order
 from farspan.parallel.plans import Topology
 from farspan.parallel.prepare import prepare
+from farspan.parallel.sieve import bytes_sent
 from farspan.parallel.streams import transfer_options
 from farspan.parallel.verify import verify
 
@@ -67,6 +70,7 @@ class Settings:
     trace: Path | None
     density: float | None
     columns: int
+    sparse_wire: bool
 
 
 def main() -> None:
@@ -82,6 +86,7 @@ def main() -> None:
     parser.add_argument("--backend", default="triton" if torch.cuda.is_available() else "reference")
     parser.add_argument("--density", type=float, help="sparse attention on this share of the causal tiles")
     parser.add_argument("--columns", type=int, default=512, help="single keys of a head, with --density")
+    parser.add_argument("--sparse-wire", action="store_true", help="with --density: send what is selected alone")
     parser.add_argument("--trace", type=Path, help="folder for a trace of each case and rank (chrome://tracing)")
     parser.add_argument("--output", type=Path, help="JSON lines are appended here")
     options = parser.parse_args()
@@ -98,6 +103,7 @@ def main() -> None:
         options.trace,
         options.density,
         options.columns,
+        options.sparse_wire,
     )
     print_head(settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +191,8 @@ def measure(
     if settings.density is not None:
         index = drawn_index(settings.length, settings.heads[0], settings.density, settings.columns, device)
         pairs = int(index_work.work(index, case.order).sum())
-    prepared = prepare(plan, case.order, case.mask, rank, device, sparse_block=None if index is None else TILE)
+    block = None if index is None else TILE
+    prepared = prepare(plan, case.order, case.mask, rank, device, sparse_block=block, sparse_wire=settings.sparse_wire)
     generator = torch.Generator(device).manual_seed(rank)
 
     def draw(heads: int) -> Tensor:
@@ -198,7 +205,9 @@ def measure(
     graph: list[Tensor] = []
 
     def forward() -> None:
-        graph[:] = [attention(*inputs, prepared, given, index=index, backend=settings.backend)[0]]
+        # An index of its own each time, as in training: what travels is not known from the run before.
+        anew = None if index is None else replace(index)
+        graph[:] = [attention(*inputs, prepared, given, index=anew, backend=settings.backend)[0]]
 
     def backward() -> None:
         torch.autograd.grad(graph[0], inputs, dout, retain_graph=True)
@@ -227,6 +236,9 @@ def measure(
             f"{direction}_idle": idle,
             f"{direction}_mb_sent": max(report.bytes_sent(direction, 2, 4)) / 1e6,  # type: ignore[arg-type]
         }
+    if prepared.sieve is not None and index is not None:
+        sent, whole = bytes_sent(prepared.sieve, index, settings.head_dim, 1, 2)
+        row["sent"] = sent / whole
     if device.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
@@ -315,6 +327,8 @@ def line(row: dict[str, Any]) -> str:
         line += f"{row[f'{d}_mb_sent']:>9.1f}"
         if f"{d}_worker" in row:
             line += f"  worker {row[f'{d}_worker']:.3f} lockstep {row[f'{d}_lockstep']:.3f}"
+    if "sent" in row:
+        line += f"  sent {row['sent']:.3f}"
     return line + f"{row.get('peak_gib', float('nan')):>7.1f}"
 
 

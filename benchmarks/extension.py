@@ -158,6 +158,8 @@ def configurations(folder: Path, options: argparse.Namespace) -> None:
         stages[variant] = {**long, "run": {"weights_from": str(folder / "runs" / "short")}}
     stages["sparse"]["attention"] = {"sparse": {"mass": options.mass, "report_every": max(1, options.steps[1] // 15)}}
     for name, stage in stages.items():
+        # All rows of a step at once: small models are bound by the host otherwise.
+        stage["train"]["micro_batch_rows"] = options.tokens_per_step // stage["train"]["sequence_length"]
         tree = {"run": {}, **common}
         for section, keys in stage.items():
             tree[section] = {**tree.get(section, {}), **keys}

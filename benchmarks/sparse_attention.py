@@ -117,7 +117,10 @@ class Inputs:
 
     def flex(self, index: VerticalSlashIndex) -> tuple[Pass, Pass]:
         """FlexAttention, compiled, on the index's tiles."""
+        from torch._functorch import config
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+        config.donated_buffer = False  # its backward runs more than once here
 
         tiles = index.at(self.places).tiles
         diagonal = torch.eye(tiles.shape[2], dtype=torch.bool, device=self.device)
@@ -133,7 +136,6 @@ class Inputs:
         )
         q, k, v, dout = (x.transpose(1, 2).detach() for x in (self.q, self.k, self.v, self.dout))
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        torch._functorch.config.donated_buffer = False  # its backward runs more than once here
         compiled = torch.compile(flex_attention)
 
         def forward() -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farspan.kernels.row_blocks import RowBlocks
 from farspan.kernels.tiles import TILE
 from farspan.kernels.transfer import to_device
 
@@ -23,6 +24,12 @@ class Index(Protocol):
 
     def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
         """The part of one piece, for the query heads of the half-open range; of all heads when None."""
+
+    def reads(self, rows: RowBlocks, kv_heads: int) -> Tensor:
+        """Bool `[B, kv heads, groups, key blocks]`: of which blocks of keys some row of a group computes something.
+
+        For a kv head by any of its query heads. Where the mask hides part of a tile, a block may be named in vain.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +147,16 @@ class VerticalSlashIndex:
             self.block,
         )
 
+    def reads(self, rows: RowBlocks, kv_heads: int) -> Tensor:
+        blocks = self.diagonals.shape[2]
+        diagonals = self.diagonals.unflatten(1, (kv_heads, -1)).any(2)
+        # A matrix of tiles, whose row i is that of block blocks - 1 - i: the diagonals turned round, one further each.
+        matrix = torch.nn.functional.pad(diagonals.flip(-1), (0, blocks - 1)).unfold(-1, blocks, 1)
+        of_columns = torch.where(self.columns < self.length, self.columns // self.block, blocks).long()
+        with_column = diagonals.new_zeros(*diagonals.shape[:2], blocks + 1)
+        with_column.scatter_(2, of_columns.unflatten(1, (kv_heads, -1)).flatten(2), True)
+        return rows.reads(matrix[:, :, blocks - 1 - rows.numbers] | with_column[:, :, None, None, :-1])
+
     def to_dense(self) -> Tensor:
         """Bool `[B, H, length, length]`: what is computed under a causal mask."""
         return _dense(self, self.length, self.diagonals.device)
@@ -168,6 +185,9 @@ class BlockIndex:
         blocks = self.tiles.shape[2]
         q, k = (where.clamp(max=blocks - 1) for where in (places.q_blocks, places.k_blocks))
         return Selection(self.tiles[:, first:last].flatten(2), q * blocks, k, None, places.k_positions, self.block)
+
+    def reads(self, rows: RowBlocks, kv_heads: int) -> Tensor:
+        return rows.reads(self.tiles.unflatten(1, (kv_heads, -1)).any(2)[:, :, rows.numbers])
 
     def to_dense(self) -> Tensor:
         """Bool `[B, H, length, length]`: what is computed under a causal mask."""

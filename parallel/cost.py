@@ -12,6 +12,7 @@ from farspan.kernels.backends import CHOICES, REGISTRY
 from farspan.kernels.cost import Work, call_seconds, totals_seconds
 from farspan.kernels.problem import Problem
 from farspan.kernels.rates import Kind, of_capability
+from farspan.kernels.tiles import TILE
 from farspan.parallel.columns import cells
 from farspan.parallel.orders import Order
 from farspan.parallel.pairs import VisiblePairs
@@ -23,12 +24,21 @@ class NoRatesError(LookupError):
 
 
 def compute_seconds(
-    plan: Plan, direction: Direction, order: Order, visible: VisiblePairs, tensors: Problem, backend: str
+    plan: Plan,
+    direction: Direction,
+    order: Order,
+    visible: VisiblePairs,
+    tensors: Problem,
+    backend: str,
+    density: float = 1.0,
 ) -> np.ndarray:
     """Seconds that each rank computes at each stage, `[world, stages]`, by the measured rates of `kernels.rates`.
 
     `tensors` has the batch, head dims and GPU; `backend` is as in `attend`. Each piece goes to the backend that is
     expected to be the fastest. NoRatesError where none of those allowed was measured.
+
+    Under a sparse index kernels compute the share `density` of the visible pairs. It is taken to be spread evenly over
+    all pieces, as striped order does, and its rate to be that of packed documents whose rows see as many keys.
     """
     schedule, backward = plan.schedule(direction), direction == "backward"
     pieces = schedule.piece_columns
@@ -41,6 +51,9 @@ def compute_seconds(
     np.add.at(foreign, pieces.q.pieces, owner[pieces.q.blocks] != pieces.rank[pieces.q.pieces])
     piece, q, kv = pieces.pairs()
     np.add.at(pairs, piece, visible.of(q, kv))
+    if density < 1:
+        pairs = np.rint(density * pairs).astype(np.int64)
+        tensors = replace(tensors, index_block=TILE)
     first_q, first_kv = (uses.blocks[uses.counts.cumsum() - uses.counts] for uses in (pieces.q, pieces.kv))
     columns = (rows, keys, pairs, np.minimum(foreign, 1), heads[first_q], heads[first_kv])
 

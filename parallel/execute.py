@@ -16,6 +16,7 @@ from farspan.kernels import accumulation_dtype, attend, attend_backward, merge_i
 from farspan.kernels.index import Index, Selection
 from farspan.parallel.plan import LINKS, Block, Move, Side
 from farspan.parallel.prepare import Joined, PreparedPiece, PreparedPlan, PreparedStage, Rows, slot_dim
+from farspan.parallel.sieve import Sifted
 from farspan.parallel.wire import Wire
 
 Groups = dist.ProcessGroup | Mapping[str, dist.ProcessGroup] | None
@@ -76,6 +77,11 @@ class _Call:
     def options(self, piece: PreparedPiece) -> dict[str, Any]:
         """What a kernel is told of a piece beside its tensors and mask."""
         return {"index": self.selection(piece), "scale": self.scale, "backend": self.backend}
+
+    def sifted(self) -> Sifted | None:
+        """What travels and is computed, as far as the host is to know; None where all does."""
+        sieve = self.prepared.sieve
+        return None if sieve is None or self.index is None else sieve(self.index)
 
     def selection(self, piece: PreparedPiece) -> Selection | None:
         """The index's part of a piece; its lists are made anew for each direction, from the same index."""
@@ -140,7 +146,9 @@ class _Run(ABC):
         self.results: dict[int, tuple[Tensor, ...]] = {}
         self.frames: dict[Joined, _Frame] = {}
         self.uses = Counter(piece.q.frame for stage in self.stages for piece in stage.pieces)
-        self.wire = Wire(self.plan, self.rank, call.groups, operands["kv"][0], backward=self.direction == "backward")
+        self.sifted = call.sifted()
+        backward = self.direction == "backward"
+        self.wire = Wire(self.plan, self.rank, call.groups, operands["kv"][0], backward, self.sifted)
 
     def __call__(self) -> None:
         for stage in self.stages:
@@ -149,15 +157,29 @@ class _Run(ABC):
                     self.add(move.block, tensors)
                 else:
                     self.foreign[move.block] = tensors
+            # No result leaves at stage 0: its work may come first, and the device has it while the host waits to hear
+            # what travels.
+            first = self.sifted is not None and stage.number == 0
+            if first:
+                self.work(stage)
             self.wire.send(stage.number, [(move, self.payload(move)) for move in stage.sends], stage.receives)
-            for piece in stage.pieces:
-                self.compute(piece)
+            if not first:
+                self.work(stage)
             for block in stage.last_uses:
                 del self.foreign[block]
             self.wire.release(stage.last_uses)
         for frame in list(self.frames.values()):
             self.close(frame)
         self.wire.finish()
+
+    def work(self, stage: PreparedStage) -> None:
+        """All pieces of a stage, but for those of which the host knows that nothing is selected.
+
+        It does not ask at stage 0, where a rank has its own keys alone, some of which are always selected.
+        """
+        for piece in stage.pieces:
+            if self.sifted is None or stage.number == 0 or self.sifted.computes(piece.kv.blocks):
+                self.compute(piece)
 
     def payload(self, move: Move) -> tuple[Tensor, ...]:
         if not move.home:

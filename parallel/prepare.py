@@ -14,6 +14,7 @@ from farspan.kernels import IntervalMask, to_device
 from farspan.kernels.index import Places
 from farspan.parallel.orders import Order
 from farspan.parallel.plan import Block, Move, Piece, Plan, Schedule
+from farspan.parallel.sieve import Sieve
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,8 @@ class PreparedPlan:
     rank: int
     forward: list[PreparedStage]
     backward: list[PreparedStage]
+    sieve: Sieve | None = None
+    """What sparse indexes leave out of the moves; None where all travels whatever is selected."""
 
     def sole_piece(self, stages: list[PreparedStage]) -> PreparedPiece | None:
         """The piece of a direction that is one call on all of this rank's own tensors: nothing adds up or moves."""
@@ -116,11 +119,13 @@ def prepare(
     device: torch.device | str = "cpu",
     *,
     sparse_block: int | None = None,
+    sparse_wire: bool = False,
 ) -> PreparedPlan:
     """`mask` is the batch's own, in positions; it may see less than the mask that the plan was made for, never more.
 
     With `sparse_block` the plan takes sparse indexes over blocks of so many tokens; ValueError if the order tears these
-    apart.
+    apart. With `sparse_wire` only those keys and values travel that an index lets somebody read; ValueError for a plan
+    in which queries travel.
 
     Pieces that see nothing are left out here. Their moves are not, for the other ranks expect them.
     """
@@ -131,7 +136,10 @@ def prepare(
     kept = [block for holder, block in plan.kept if holder == rank]
     for stage in forward:
         stage.last_uses = [block for block in stage.last_uses if block not in kept]
-    return PreparedPlan(plan, rank, forward, _stages(plan, plan.backward, rank, pieces, frames, kept))
+    sieve = None
+    if sparse_wire and sparse_block is not None and plan.world > 1:
+        sieve = Sieve(plan, order, mask, rank, sparse_block, device)
+    return PreparedPlan(plan, rank, forward, _stages(plan, plan.backward, rank, pieces, frames, kept), sieve)
 
 
 def _frames(

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels import accumulation_dtype
-from farspan.parallel.plan import Move, Plan, parts
+from farspan.parallel.plan import Direction, Move, Plan, parts
+from farspan.parallel.sieve import Sifted, Tiles
 from farspan.parallel.streams import SideStream
 from farspan.parallel.transfers import Transfer
 
@@ -37,20 +38,31 @@ class Wire:
     waiting happen on a stream of their own: operands go on before the kernels that were launched earlier are done, and
     only results wait for these. The buffer of operands that were used for the last time is taken again, once the
     kernels that read it are done, and that of what was sent: a ring has two to compute with and to fill, one to send.
+
+    With `sifted` only tiles travel that somebody needs. They are put in their places in a tensor of the whole block,
+    which is zero elsewhere: the kernels see no difference.
     """
 
     def __init__(
-        self, plan: Plan, rank: int, groups: Mapping[str, dist.ProcessGroup] | None, like: Tensor, backward: bool
+        self,
+        plan: Plan,
+        rank: int,
+        groups: Mapping[str, dist.ProcessGroup] | None,
+        like: Tensor,
+        backward: bool,
+        sifted: Sifted | None = None,
     ) -> None:
         if plan.world > 1 and groups is None:
             raise ValueError(f"a plan for {plan.world} ranks needs the process group of these ranks")
         self.plan, self.rank, self.groups, self.backward = plan, rank, groups or {}, backward
+        self.direction: Direction = "backward" if backward else "forward"
+        self.sifted = sifted
         self.batch, self.head_dim, self.device = like.shape[0], like.shape[3], like.device
         self.dtypes = {False: like.dtype, True: accumulation_dtype(like.dtype)}
         self.bytes_sent = 0
         self._stream = SideStream(like.device)
         self._stream.follow()  # the rank's own tensors are being made
-        self._arriving: dict[int, list[tuple[list[tuple[Move, Layout]], Tensor]]] = defaultdict(list)
+        self._arriving: dict[int, list[tuple[list[Move], Tensor]]] = defaultdict(list)
         self._transfers: dict[int, list[Transfer]] = defaultdict(list)
         self._sent: dict[int, list[Tensor]] = defaultdict(list)
         self._payloads: list[Tensor] = []
@@ -69,46 +81,45 @@ class Wire:
                 operations = []
                 for peer, bundle in _grouped(sends.get(deadline, []), lambda item: item[0].dst).items():
                     pieces = [piece for move, tensors in bundle for piece in self._packed(move, tensors)]
+                    if not sum(map(len, pieces)):
+                        continue
                     message = torch.cat(pieces, out=self._buffer(sum(map(len, pieces))))
                     self.bytes_sent += message.numel()
                     self._sent[deadline.stop].append(message)
                     operations.append(dist.P2POp(dist.isend, message, dist.get_global_rank(group, peer), group))
                 for peer, moves in _grouped(receives.get(deadline, []), lambda move: move.src).items():
-                    layouts = [(move, self._layout(move)) for move in moves]
-                    message = self._buffer(sum(self._bytes(*of) for _, layout in layouts for of in layout))
-                    self._arriving[deadline.stop].append((layouts, message))
-                    operations.append(dist.P2POp(dist.irecv, message, dist.get_global_rank(group, peer), group))
-                transfer = Transfer(self.plan.name, "backward" if self.backward else "forward", stage, deadline.stop)
-                transfer.post(operations)
-                self._transfers[deadline.stop].append(transfer)
+                    message = self._buffer(sum(self._size(self._travelling(move)) for move in moves))
+                    self._arriving[deadline.stop].append((moves, message))
+                    if len(message):
+                        operations.append(dist.P2POp(dist.irecv, message, dist.get_global_rank(group, peer), group))
+                if operations:
+                    transfer = Transfer(self.plan.name, self.direction, stage, deadline.stop)
+                    transfer.post(operations)
+                    self._transfers[deadline.stop].append(transfer)
         # What was given may not be overwritten before the stream has read it.
         self._payloads += [x for _, tensors in outgoing for x in tensors]
 
     def receive(self, stage: int) -> Iterator[tuple[Move, tuple[Tensor, ...]]]:
         """Everything whose deadline is this stage, in the plan's order; kernels launched from now on may read it."""
         transfers = self._transfers.pop(stage, [])
-        if transfers or self._payloads:
+        arrived = self._arriving.pop(stage, [])
+        if transfers or arrived or self._payloads:
             with self._stream.active():
                 for transfer in transfers:
                     transfer.wait()
+                arrived = [(moves, self._whole(moves, message)) for moves, message in arrived]
             self._stream.lead()
         self._payloads.clear()
         for message in self._sent.pop(stage, []):  # the stream has waited for it
             self._free[message.numel()].append((message, None))
-        for layouts, message in self._arriving.pop(stage, []):
+        for moves, message in arrived:
             # Operands come back through `release`; a result is dropped when its addition is launched, not done.
-            if layouts[0][0].home:
+            if moves[0].home:
                 self._stream.lend(message)
-            at = 0
-            for move, layout in layouts:
-                tensors = []
-                for shape, dtype in layout:
-                    size = self._bytes(shape, dtype)
-                    tensors.append(message[at : at + size].view(dtype).view(shape))
-                    at += size
+            for move, tensors in zip(moves, _views(message, map(self._layout, moves))):
                 if not move.home:
                     self._holder[move.block] = message
-                yield move, tuple(tensors)
+                yield move, tensors
 
     def release(self, blocks: Sequence[int]) -> None:
         """The operands of these blocks were used for the last time, by kernels that are launched."""
@@ -129,11 +140,46 @@ class Wire:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _packed(self, move: Move, tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        tiles = self._tiles(move)
         for tensor, (shape, dtype) in zip(tensors, self._layout(move), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"{move} carries {tuple(shape)}, got {tuple(tensor.shape)}")
             # Not view(-1): it leaves a single element the stride that it had, and bytes need a stride of 1.
+            if tiles is not None:
+                tensor = tiles.take(tensor)
             yield tensor.to(dtype).contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+    def _whole(self, moves: list[Move], message: Tensor) -> Tensor:
+        """What arrived as a message of whole blocks."""
+        if all(self._tiles(move) is None for move in moves):
+            return message
+        whole = self._buffer(sum(self._size(self._layout(move)) for move in moves)).zero_()
+        places, taken = _views(whole, map(self._layout, moves)), _views(message, map(self._travelling, moves))
+        for move, targets, sources in zip(moves, places, taken):
+            tiles = self._tiles(move)
+            for target, source in zip(targets, sources):
+                if tiles is None:
+                    target.copy_(source)
+                else:
+                    tiles.put(target, source)
+        self._free[message.numel()].append((message, None))
+        return whole
+
+    def _tiles(self, move: Move) -> Tiles | None:
+        """Those of a move that travel; None where all do."""
+        if self.sifted is None:
+            return None
+        tiles, block = self.sifted.tiles(self.direction, move), self.plan.blocks[move.block]
+        return None if len(tiles) * tiles.size == block.size else tiles
+
+    def _travelling(self, move: Move) -> Layout:
+        """As `_layout`, of what travels."""
+        tiles = self._tiles(move)
+        if tiles is None:
+            return self._layout(move)
+        return [
+            (torch.Size((len(tiles), self.batch, tiles.size, self.head_dim)), dtype) for _, dtype in self._layout(move)
+        ]
 
     def _layout(self, move: Move) -> Layout:
         return [
@@ -149,8 +195,20 @@ class Wire:
         ]
 
     @staticmethod
-    def _bytes(shape: torch.Size, dtype: torch.dtype) -> int:
-        return shape.numel() * dtype.itemsize
+    def _size(layout: Layout) -> int:
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in layout)
+
+
+def _views(message: Tensor, layouts: Iterable[Layout]) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of each move in a message."""
+    at = 0
+    for layout in layouts:
+        tensors = []
+        for shape, dtype in layout:
+            size = shape.numel() * dtype.itemsize
+            tensors.append(message[at : at + size].view(dtype).view(shape))
+            at += size
+        yield tuple(tensors)
 
 
 def _deadline(move: Move) -> Deadline:

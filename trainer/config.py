@@ -22,6 +22,8 @@ from farspan.parallel.plans import PLANS, Topology
 
 # Plans whose blocks begin and end with any token, and not with tiles.
 CUT_ANYWHERE = ("group_cast", "star")
+# Plans in which keys and values travel, and queries do not.
+KEYS_TRAVEL = ("ring", "hierarchical_ring", "all_gather")
 
 
 class ConfigError(ValueError):
@@ -147,6 +149,8 @@ class ParallelSection(_Section):
     """Ranks that exchange heads, the nearest ones: for plan usp."""
     gradient_wire: Literal["fp32", "bf16"] = "fp32"
     """What partial gradients of keys and values travel in; bf16 halves these bytes and rounds at every hop."""
+    sparse_wire: bool = False
+    """Send only keys and values, and gradients of them, that `attention.sparse` selects for some rank on their way."""
     plan: str = "ring"
     """How attention over a shared sequence is carried out; `auto` is what the time model expects to be the fastest on
     `cluster`, for the first rows of the text."""
@@ -250,6 +254,9 @@ class SparseSection(_Section):
     """Whether evaluation selects."""
     report_every: int = Field(20, gt=0)
     """Steps between reports of the selections' balance over ranks."""
+    expected_density: float | None = Field(None, gt=0, le=1)
+    """Share of causal attention that selections are expected to compute, for predictions alone (`farspan plan` and
+    `parallel.plan: auto`); when not given, what `budgets` or the caps allow at most."""
 
     def layers(self, count: int, window: WindowSection | None) -> list[int]:
         """Those of so many layers that select: all without a window but `dense_layers`."""
@@ -533,7 +540,18 @@ class RunConfig(_Section):
     def _check_sparse(self) -> RunConfig:
         sparse, parallel, layers = self.attention.sparse, self.parallel, self.model.layers
         if sparse is None:
+            if parallel.sparse_wire:
+                raise ValueError(
+                    "parallel.sparse_wire leaves out what attention.sparse does not select, which is not given; set "
+                    "parallel.sparse_wire to false, or attention.sparse.mass"
+                )
             return self
+        if parallel.sparse_wire and parallel.plan not in (*KEYS_TRAVEL, "auto"):
+            raise ValueError(
+                f"parallel.sparse_wire leaves out keys and values, and parallel.plan {parallel.plan} does not send "
+                f"these alone; set parallel.plan to {', '.join(KEYS_TRAVEL[:-1])} or {KEYS_TRAVEL[-1]}, or "
+                "parallel.sparse_wire to false"
+            )
         if self.attention.star is not None:
             raise ValueError(
                 "attention.sparse selects of what dense layers see, and attention.star cuts these into blocks; leave "

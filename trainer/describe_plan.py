@@ -51,12 +51,13 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
     _say_mesh(planned, say)
     if (star := config.attention.star) is not None:
         say("star", star.in_words + (f"; {star.warning}" if star.warning else ""))
-    if (sparse := config.attention.sparse) is not None:
+    if (sparse := config.attention.sparse) is not None and (work := planned.work) is not None:
         layers = len(sparse.layers(config.model.layers, config.attention.window))
         say(
             "sparse",
-            f"{layers} of {config.model.layers} layers select what they compute; work and times below are those of "
-            "dense attention, for what is selected is known only when it runs (sparse_density)",
+            f"{layers} of {config.model.layers} layers select what they compute, {100 * work.density:.3g} % of causal "
+            f"attention by {work.source}; times are predicted for that, spread evenly over ranks and stages; work and "
+            "bytes are those of dense attention",
         )
     for reason in reasons:
         say("choice", reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from farspan.kernels import rates
 from farspan.parallel.cost import NoRatesError
@@ -11,9 +11,12 @@ from farspan.parallel.timeline import Timeline
 from farspan.trainer.memory_estimate import estimate_memory, remedies
 from farspan.trainer.plan_choice import predict_attention
 from farspan.trainer.planned import LayerPlan, Planned
+from farspan.trainer.sparse_memory import selection_bytes
 from farspan.trainer.step_estimate import StepEstimate, estimate_step
 
 Say = Callable[[str, str], None]
+# Of one layer of each kind, by the share of what its mask shows that it computes.
+Attention = Mapping[tuple[LayerPlan, float], Mapping[Direction, Timeline]]
 
 
 def say_time(planned: Planned, say: Say) -> None:
@@ -30,16 +33,19 @@ def say_time(planned: Planned, say: Say) -> None:
     if train.dtype != "bf16":
         say("step", "no time predicted: rates were measured in bf16, and train.dtype is fp32")
         return
+    densities = planned.densities
     try:
-        step, timelines = predict_step(planned)
+        timelines = _attention(planned)
     except NoRatesError as error:
         say("step", f"no time predicted: {error}")
         return
+    step = _estimate(planned, timelines, densities)
     table = rates.of_capability(cluster.compute_capability)
-    for layer, lines in timelines.items():
+    for (layer, density), lines in timelines.items():
         say(
             "layer",
-            ("attention" if len(timelines) == 1 else f"attention to {layer.seen.in_words}")
+            ("attention" if density == 1 else f"{100 * density:.3g} % of attention")
+            + ("" if len(planned.kinds) == 1 else f" to {layer.seen.in_words}")
             + " in rows of one document: "
             + ", ".join(
                 f"{direction} {1e3 * line.seconds:,.2f} ms ({1e3 * line.exposed_seconds:,.2f} waiting)"
@@ -52,6 +58,13 @@ def say_time(planned: Planned, say: Say) -> None:
         f"{step.total:,.3f} s expected, {train.tokens_per_step / step.total:,.0f} tokens/s: {step.compute:,.3f} s of "
         f"compute and {step.exposed:,.3f} s of exposed communication ({100 * step.exposed / step.total:.1f} %)",
     )
+    if planned.work is not None:
+        dense = _estimate(planned, timelines, [1.0] * len(densities)).total
+        say(
+            "",
+            f"with dense attention in all layers {dense:,.3f} s: selecting makes a step {dense / step.total:.2f} times "
+            "as fast, but for the time that it takes itself, which is not predicted",
+        )
     say(
         "",
         f"compute: attention {step.attention:,.3f}, linear layers {step.linear:,.3f}, loss {step.loss:,.3f}, "
@@ -64,16 +77,29 @@ def say_time(planned: Planned, say: Say) -> None:
     )
 
 
-def predict_step(planned: Planned) -> tuple[StepEstimate, dict[LayerPlan, dict[Direction, Timeline]]]:
-    """With the attention of one layer of each kind; NoRatesError where nothing was measured to predict it by."""
-    config, cluster = planned.config, planned.cluster
-    timelines = {
-        layer: predict_attention(config, cluster, layer.plan, planned.order, layer.found.visible, layer.found.elements)
+def _attention(planned: Planned) -> Attention:
+    """NoRatesError where nothing was measured to predict it by."""
+    return {
+        (layer, density): predict_attention(
+            planned.config,
+            planned.cluster,
+            layer.plan,
+            planned.order,
+            layer.found.visible,
+            layer.found.elements,
+            density,
+        )
         for layer in planned.kinds
+        for density in dict.fromkeys((1.0, *planned.densities))
+        if density == 1 or not layer.seen.window
     }
-    tokens = planned.order.slots * config.train.micro_batch_rows
-    attention = [timelines[layer] for layer in planned.layers]
-    return estimate_step(config, planned.degrees, cluster, attention, tokens), timelines
+
+
+def _estimate(planned: Planned, attention: Attention, densities: Sequence[float]) -> StepEstimate:
+    """A step whose layers compute these shares of what their masks show."""
+    lines = [attention[layer, density] for layer, density in zip(planned.layers, densities)]
+    tokens = planned.order.slots * planned.config.train.micro_batch_rows
+    return estimate_step(planned.config, planned.degrees, planned.cluster, lines, tokens)
 
 
 def say_length(planned: Planned, say: Say) -> None:
@@ -86,7 +112,7 @@ def say_length(planned: Planned, say: Say) -> None:
     )
     if train.dtype == "bf16" and train.rows_per_step % (degrees.data * train.micro_batch_rows) == 0:
         try:
-            seconds = predict_step(planned)[0].total
+            seconds = _estimate(planned, _attention(planned), planned.densities).total
         except NoRatesError:  # said of the longest rows
             pass
         else:
@@ -97,7 +123,8 @@ def say_length(planned: Planned, say: Say) -> None:
 def say_memory(planned: Planned, say: Say) -> None:
     config, cluster, degrees = planned.config, planned.cluster, planned.degrees
     plan_bytes = max(_plan_bytes(planned, layer) for layer in planned.kinds)
-    memory = estimate_memory(config, degrees, plan_bytes)
+    selection = max((_selection_bytes(planned, layer) for layer in planned.kinds), default=0)
+    memory = estimate_memory(config, degrees, plan_bytes, selection)
     available = int(cluster.memory_gib * 2**30)
 
     def gib(bytes_: int) -> str:
@@ -109,10 +136,11 @@ def say_memory(planned: Planned, say: Say) -> None:
         "",
         f"weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimizer {gib(memory.optimizer)}{engine}; "
         f"kept by layers {gib(memory.kept)}, {memory.moment} {gib(memory.working)} (of other ranks and on the way "
-        f"{gib(plan_bytes)}); beside tensors {gib(memory.beside)}",
+        f"{gib(plan_bytes)}{f', lists of selected tiles {gib(selection)}' if selection else ''}); beside tensors "
+        f"{gib(memory.beside)}",
     )
     if memory.total > available:
-        changes = list(remedies(config, degrees, plan_bytes, available))
+        changes = list(remedies(config, degrees, plan_bytes, available, selection))
         advice = (
             f"set {', or '.join(changes)}"
             if changes
@@ -129,3 +157,9 @@ def _plan_bytes(planned: Planned, layer: LayerPlan) -> int:
     slot = 2 * planned.config.model.head_dim * planned.itemsize * train.micro_batch_rows
     sent = found.bytes_by_stage("backward", planned.itemsize, 4)
     return found.peak_slots["backward"] * slot + 2 * int(sent.max(initial=0))
+
+
+def _selection_bytes(planned: Planned, layer: LayerPlan) -> int:
+    if planned.work is None or layer.seen.window:
+        return 0
+    return selection_bytes(planned.config, layer.plan, layer.found.visible, planned.work.columns)

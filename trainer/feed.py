@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from farspan.data.prefetch import Prefetch
 from farspan.data.prepared import Prepared
 from farspan.data.rows import IGNORED, Row, blank_row
 from farspan.data.steps import deal
+from farspan.data.visibility import Visibility
 from farspan.kernels import to_device
 from farspan.kernels.tiles import TILE
 from farspan.models.attention import Selector
@@ -22,10 +23,11 @@ from farspan.models.config import ModelConfig
 from farspan.models.decoder import DecoderInput
 from farspan.parallel.estimate import Estimator
 from farspan.parallel.mesh import Mesh
-from farspan.parallel.prepare import prepare
+from farspan.parallel.prepare import PreparedPlan, prepare
 from farspan.parallel.recall import Recall
+from farspan.parallel.sieve import Sieve
 from farspan.parallel.verify import PlanError, verify
-from farspan.trainer.config import RunConfig
+from farspan.trainer.config import KEYS_TRAVEL, RunConfig
 from farspan.trainer.first_rows import training_steps
 from farspan.trainer.plan_choice import build_plan
 from farspan.trainer.row_length import for_rows
@@ -109,6 +111,7 @@ class Feed:
                 sharing.mesh.context_rank,
                 device,
                 sparse_block=None if self.sparse is None else TILE,
+                sparse_wire=self.config.parallel.sparse_wire,
             )
             for seen, mask in batch.masks.items()
         }
@@ -118,22 +121,29 @@ class Feed:
             rotary_positions=to_device(batch.rotary_positions, device),
             plans=[plans[seen] for seen in sharing.arrangement.layers],
             group=sharing.mesh.links,
-            selectors=None if self.sparse is None else self._selectors(self.sparse, sharing, batch, step),
+            selectors=None if self.sparse is None else self._selectors(self.sparse, sharing, batch, plans, step),
         )
 
     def _selectors(
-        self, sparse: SparseAttention, sharing: Sharing, batch: Batch, step: int | None
+        self,
+        sparse: SparseAttention,
+        sharing: Sharing,
+        batch: Batch,
+        plans: Mapping[Visibility, PreparedPlan],
+        step: int | None,
     ) -> list[Selector | None]:
         """Layers that see alike share an estimator."""
         layers, order, mesh, sights = sharing.arrangement.layers, batch.order, sharing.mesh, {}
         group = None if mesh.degrees.context == 1 else mesh.context
         for seen in dict.fromkeys(layers[layer] for layer in sparse.layers):
-            mask, recall = batch.masks[seen], None
+            mask, recall, sieve = batch.masks[seen], None, plans[seen].sieve
             estimator = Estimator(order, mask, sparse.settings.settings, mesh.context_rank, group, mesh.device)
             if step is not None and sparse.reports(step):
                 rows = sparse.recall_rows(step, order.length)
                 recall = Recall(rows, order, mask, mesh.context_rank, group, mesh.device)
-            sights[seen] = Sight(estimator, recall)
+                if sieve is None and sharing.plans[seen].name in KEYS_TRAVEL and order.world > 1:
+                    sieve = Sieve(plans[seen].plan, order, mask, mesh.context_rank, TILE, mesh.device)
+            sights[seen] = Sight(estimator, recall, sieve)
         return sparse.selectors([sights[seen] if i in sparse.layers else None for i, seen in enumerate(layers)])
 
     def _verify(self, batch: Batch, step: int | None = None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from farspan.parallel.degrees import Degrees
 from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import RunConfig
+from farspan.trainer.sparse_memory import estimation_bytes
 
 # What is on a GPU beside tensors: the CUDA context, NCCL's buffers, libraries' workspaces, holes between tensors.
 _BESIDE_TENSORS = 2 * 2**30
@@ -45,8 +46,10 @@ class MemoryEstimate:
         return self.tensors + self.beside
 
 
-def estimate_memory(config: RunConfig, degrees: Degrees, plan_bytes: int = 0) -> MemoryEstimate:
-    """`model.vocabulary_size` must be known. `plan_bytes` is what a plan holds of other ranks and on its way.
+def estimate_memory(config: RunConfig, degrees: Degrees, plan_bytes: int = 0, selection: int = 0) -> MemoryEstimate:
+    """`model.vocabulary_size` must be known.
+
+    `plan_bytes` is what a plan holds of other ranks and on its way, `selection` what lists of a sparse index take.
 
     Counted are the tensors that autograd saves in `models/`, those alive at once where most are, and the states that
     DeepSpeed keeps in its optimizers: see `_states`, `_Layer` and `_moments`.
@@ -61,7 +64,7 @@ def estimate_memory(config: RunConfig, degrees: Degrees, plan_bytes: int = 0) ->
     kept = on_device * few + whole * layer.saved + layer.angles
     # Layers that keep everything are done with before another is computed again.
     recomputed = 0 if whole else layer.saved - few
-    moments = _moments(config, degrees, layer, recomputed, plan_bytes)
+    moments = _moments(config, degrees, layer, recomputed, plan_bytes + selection)
     moment = max(moments, key=lambda name: moments[name])
     return MemoryEstimate(weights, gradients, optimizer, engine, kept, moments[moment], moment)
 
@@ -91,7 +94,7 @@ class _Layer:
     """Bytes of one layer for the tokens of one rank. `saved` is all that autograd saves, with `input` and `results`.
 
     `results` are attention's out and lse; `inner` is one tensor inside the feed-forward, `stream` one gradient of the
-    residual stream, `angles` the rotary cosines and sines, which all layers share.
+    residual stream, `angles` the rotary cosines and sines, which all layers share. `slots` are a row's tokens there.
     """
 
     input: int
@@ -101,6 +104,7 @@ class _Layer:
     stream: int
     rows: int
     angles: int
+    slots: int
 
     @classmethod
     def of(cls, config: RunConfig, degrees: Degrees) -> _Layer:
@@ -116,11 +120,14 @@ class _Layer:
         inner = tokens * model.feed_forward_size // tensor * size
         # Input, its norm, the stream after attention, its norm; q, k, v; gate, up and their product.
         saved = 4 * divided + rows + results + 3 * inner
-        return cls(divided, results, saved, inner, stream, rows, 4 * tokens * model.head_dim)
+        return cls(divided, results, saved, inner, stream, rows, 4 * tokens * model.head_dim, order.slots)
 
 
-def _moments(config: RunConfig, degrees: Degrees, layer: _Layer, recomputed: int, plan_bytes: int) -> dict[str, int]:
-    """What each of the moments that may be the fullest takes beyond states and kept tensors."""
+def _moments(config: RunConfig, degrees: Degrees, layer: _Layer, recomputed: int, beside: int) -> dict[str, int]:
+    """What each of the moments that may be the fullest takes beyond states and kept tensors.
+
+    `beside` is what attention takes beside its own operands and results.
+    """
     model, size = config.model, _itemsize(config)
     vocabulary = (model.vocabulary_size or 0) // degrees.tensor
     projection = vocabulary * model.hidden_size
@@ -129,26 +136,31 @@ def _moments(config: RunConfig, degrees: Degrees, layer: _Layer, recomputed: int
     waiting = projection * size if model.tied_embeddings else 0
     # Operands and gradients of attention; beside them, with other ranks, fp32 totals of the latter.
     attention = layer.rows + 2 * layer.results + (2 * layer.rows if size == 2 and degrees.context > 1 else 0)
-    return {
+    moments = {
         # The last hidden states, their norm, and their gradient beside that of the projection, fp32 before it is cast.
         "loss": 3 * layer.stream + 4 * projection + max(chunk, size * projection + layer.stream),
         # The gradient of the product has taken the product's place when those of gate and up are made.
         "feed-forward backward": waiting + recomputed + layer.stream + 2 * layer.inner,
-        "attention backward": waiting + max(0, recomputed - 3 * layer.inner) + layer.stream + attention + plan_bytes,
+        "attention backward": waiting + max(0, recomputed - 3 * layer.inner) + layer.stream + attention + beside,
     }
+    if (sparse := config.attention.sparse) is not None:
+        # The norm that queries, keys and values are made of, and what of the layer's input is not kept.
+        moments["estimation"] = 2 * layer.stream + layer.rows + estimation_bytes(config, sparse, layer.slots)
+    return moments
 
 
 def _itemsize(config: RunConfig) -> int:
     return 2 if config.train.dtype == "bf16" else 4
 
 
-def remedies(config: RunConfig, degrees: Degrees, plan_bytes: int, available: int) -> Iterator[str]:
+def remedies(config: RunConfig, degrees: Degrees, plan_bytes: int, available: int, selection: int = 0) -> Iterator[str]:
     """Single changes of the configuration with which it would fit, such as "memory.offload: true"."""
     train, parallel, memory = config.train, config.parallel, config.memory
 
     def fits(section: str, degrees: Degrees = degrees, share: float = 1.0, **keys: object) -> bool:
         changed = config.model_copy(update={section: getattr(config, section).model_copy(update=keys)})
-        return estimate_memory(changed, degrees, int(share * plan_bytes)).total <= available
+        beside = int(share * plan_bytes), int(share * selection)
+        return estimate_memory(changed, degrees, *beside).total <= available
 
     if memory.keep_layers and fits("memory", keep_layers=0):
         yield "memory.keep_layers: 0"

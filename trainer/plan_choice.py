@@ -21,8 +21,9 @@ from farspan.parallel.pairs import VisiblePairs, visible_pairs
 from farspan.parallel.plan import DIRECTIONS, Direction, Plan
 from farspan.parallel.timeline import Timeline, simulate
 from farspan.trainer.arrangement import Arrangement
-from farspan.trainer.config import CUT_ANYWHERE, ConfigError, RunConfig
+from farspan.trainer.config import CUT_ANYWHERE, KEYS_TRAVEL, ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem
+from farspan.trainer.expected_work import expected_work
 
 
 def build_plan(config: RunConfig, name: str, order: Order, mask: IntervalMask) -> Plan:
@@ -43,18 +44,22 @@ def plan_names(config: RunConfig, arrangement: Arrangement, rows: Sequence[Row])
     order = arrangement.order(rows)
     kinds = list(dict.fromkeys(arrangement.layers))
 
+    work = expected_work(config) if config.parallel.plan == "auto" else None
+
     def named(seen: Visibility) -> NamedPlan:
-        name, reason = plan_name(config, order, lambda: arrangement.masks(rows)[seen])
+        density = 1.0 if work is None or seen.window else work.density
+        name, reason = plan_name(config, order, lambda: arrangement.masks(rows)[seen], density)
         return NamedPlan(name, f"for {seen.in_words}, {reason}" if reason and len(kinds) > 1 else reason)
 
     return {seen: named(seen) for seen in kinds}
 
 
-def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask]) -> NamedPlan:
+def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask], density: float = 1.0) -> NamedPlan:
     """`parallel.plan`; for `auto` the plan chosen for a mask, and one line that says why.
 
-    A pure function of the configuration and the mask, so all ranks that are given the same mask agree. ConfigError when
-    there are no rates to choose by.
+    `density` is the share of what the mask shows that is computed, see `compute_seconds`. A pure function of the
+    configuration, the mask and that, so all ranks that are given the same mask agree. ConfigError when there are no
+    rates to choose by.
     """
     if config.parallel.plan != "auto":
         return NamedPlan(config.parallel.plan, None)
@@ -67,7 +72,8 @@ def plan_name(config: RunConfig, order: Order, mask: Callable[[], IntervalMask])
             d: balance.elements(plan, d, config.model.head_dim, config.train.micro_batch_rows) for d in DIRECTIONS
         }
         try:
-            timelines = predict_attention(config, cluster, plan, order, visible_pairs(plan, order, rows), elements)
+            pairs = visible_pairs(plan, order, rows)
+            timelines = predict_attention(config, cluster, plan, order, pairs, elements, density)
         except NoRatesError:
             return math.inf
         return sum(timeline.seconds for timeline in timelines.values())
@@ -107,8 +113,9 @@ def predict_attention(
     order: Order,
     visible: VisiblePairs,
     elements: Mapping[Direction, np.ndarray],
+    density: float = 1.0,
 ) -> dict[Direction, Timeline]:
-    """One layer's attention, at the rates of bf16, which are the ones that were measured."""
+    """One layer's attention, at the rates of bf16, which are the ones that were measured; `density` as there."""
     tensors = replace(attention_problem(config, cluster.compute_capability), dtype=torch.bfloat16)
     sizes = np.array([2 if config.train.dtype == "bf16" else 4, 4])
     return {
@@ -116,7 +123,7 @@ def predict_attention(
             plan,
             direction,
             elements[direction] @ sizes,
-            compute_seconds(plan, direction, order, visible, tensors, config.attention.backend),
+            compute_seconds(plan, direction, order, visible, tensors, config.attention.backend, density),
             cluster.network(config.parallel.tensor),
         )
         for direction in DIRECTIONS
@@ -125,8 +132,11 @@ def predict_attention(
 
 def _legal(config: RunConfig, order: Order, mask: IntervalMask) -> Iterator[Plan]:
     """All plans that can be made of this order and mask, in the order of `PLANS`."""
-    sparse = config.attention.sparse is not None
-    for name in (name for name in plans.PLANS if not (sparse and name in CUT_ANYWHERE)):
+    for name in plans.PLANS:
+        if config.attention.sparse is not None and name in CUT_ANYWHERE:
+            continue
+        if config.parallel.sparse_wire and name not in KEYS_TRAVEL:
+            continue
         try:
             yield build_plan(config, name, order, mask)
         except ValueError:  # says what stands in the way of this plan, and others are asked for

@@ -15,6 +15,7 @@ from farspan.parallel.verify import verify
 from farspan.trainer.arrangement import Arrangement, check_tiles
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
+from farspan.trainer.expected_work import ExpectedWork, expected_work
 from farspan.trainer.first_rows import first_rows
 from farspan.trainer.plan_choice import build_plan, plan_names
 from farspan.trainer.row_length import degrees_for_rows, for_rows
@@ -31,13 +32,26 @@ class LayerPlan:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """What `farspan plan` describes. `layers` has the plan of each layer; those that see alike share theirs."""
+    """What `farspan plan` describes. `layers` has the plan of each layer; those that see alike share theirs.
+
+    `work` is what layers that select are expected to compute; None where none does.
+    """
 
     config: RunConfig
     cluster: Cluster
     degrees: Degrees
     order: Order
     layers: tuple[LayerPlan, ...]
+    work: ExpectedWork | None
+
+    @property
+    def densities(self) -> list[float]:
+        """The share of what its mask shows that each layer is expected to compute."""
+        sparse, count = self.config.attention.sparse, len(self.layers)
+        if self.work is None or sparse is None:
+            return [1.0] * count
+        selecting = sparse.layers(count, self.config.attention.window)
+        return [self.work.density if layer in selecting else 1.0 for layer in range(count)]
 
     @property
     def kinds(self) -> dict[LayerPlan, int]:
@@ -76,4 +90,4 @@ def plan_of(config: RunConfig, processes: int, length: int) -> tuple[Planned, li
         made[seen] = LayerPlan(seen, plan, found)
     layers = tuple(made[seen] for seen in arrangement.layers)
     reasons = [f"{chosen.reason}; judged by {words}" for chosen in named.values() if chosen.reason]
-    return Planned(config, load_cluster(config.cluster), degrees, order, layers), reasons
+    return Planned(config, load_cluster(config.cluster), degrees, order, layers, expected_work(config)), reasons

@@ -15,6 +15,7 @@ from farspan.kernels.index import VerticalSlashIndex
 from farspan.models.attention import Selector
 from farspan.parallel.estimate import Estimator
 from farspan.parallel.recall import Recall
+from farspan.parallel.sieve import Sieve
 from farspan.trainer.budgets import Budgets
 from farspan.trainer.config import RunConfig
 
@@ -25,21 +26,27 @@ _RECALL_ROWS = 64
 class Selected:
     """A layer's selection at a step, estimated then or before (`attention.sparse.refresh`).
 
-    `recall` `[B, H, rows]`, of rows at random, is set at steps that are reported.
+    `recall` `[B, H, rows]`, of rows at random, is set at steps that are reported, and `sieve`, by which what is sent
+    can be counted, then as well, if keys and values travel.
     """
 
     step: int
     estimated: int
     index: VerticalSlashIndex
     recall: Tensor | None
+    sieve: Sieve | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """What serves all sparse layers that see alike, for one micro-batch; `recall` where the step is reported."""
+    """What serves all sparse layers that see alike, for one micro-batch.
+
+    `recall` where the step is reported; `sieve` then as well, or where the wire is sparse, if keys and values travel.
+    """
 
     estimator: Estimator
     recall: Recall | None
+    sieve: Sieve | None = None
 
 
 class SparseAttention:
@@ -106,7 +113,7 @@ class SparseAttention:
                 estimated = self.step
             if self.training:
                 recall = None if sight.recall is None else sight.recall(q, k, index)
-                self.newest[layer] = Selected(self.step, estimated, index, recall)
+                self.newest[layer] = Selected(self.step, estimated, index, recall, sight.sieve)
             return index
 
         return select

@@ -66,14 +66,15 @@ def step(rank: int, world: int, sparse: dict[str, Any], parallel: dict[str, Any]
     try:
         batch = Arrangement(config, world).batch([row()], rank)
         (mask,) = batch.masks.values()
-        plan = build_plan(config, "ring" if world > 1 else "single", batch.order, mask)
-        prepared = prepare(plan, batch.order, mask, rank, sparse_block=128)
+        plan = build_plan(config, config.parallel.plan if world > 1 else "single", batch.order, mask)
+        wire = config.parallel.sparse_wire
+        prepared = prepare(plan, batch.order, mask, rank, sparse_block=128, sparse_wire=wire)
         selecting = SparseAttention(config)
         group = None if world == 1 else mesh.context
         assert config.attention.sparse is not None
         estimator = Estimator(batch.order, mask, config.attention.sparse.settings, rank, group, "cpu")
         counted = mock.Mock(side_effect=estimator)
-        sight = Sight(counted, None)
+        sight = Sight(counted, None, prepared.sieve)
         selectors = selecting.selectors([sight if i in selecting.layers else None for i in range(3)])
         model = Decoder(config.model, Sharding(seed=1), recomputation=Recomputation(recompute)).double()  # type: ignore[arg-type]
         total, _ = model(
@@ -112,7 +113,14 @@ def test_something_is_left_out(pool: Pool, alone: Any) -> None:
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(2, {}), (4, {}), (4, {"plan": "hierarchical_ring", "inner": 2}), (4, {"plan": "usp", "ulysses": 2})],
+    [
+        (2, {}),
+        (4, {}),
+        (4, {"plan": "hierarchical_ring", "inner": 2}),
+        (4, {"plan": "usp", "ulysses": 2}),
+        (2, {"sparse_wire": True}),
+        (4, {"plan": "hierarchical_ring", "inner": 2, "sparse_wire": True}),
+    ],
 )
 def test_loss_and_gradients_do_not_depend_on_the_ranks(
     pool: Pool, alone: Any, world: int, parallel: dict[str, Any]
@@ -123,6 +131,15 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(
     assert float(shared["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-11)
     for name, gradient in alone["gradients"].items():
         assert torch.allclose(shared["gradients"][name], gradient, rtol=1e-8, atol=1e-10), name
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_with_a_sparse_wire_changes_no_bit(pool: Pool, recompute: str) -> None:
+    wire = {"sparse_wire": True}
+    once, again = (run(pool, 2, mode, wire) for mode in ("none", recompute))
+    assert torch.equal(again["loss"], once["loss"])
+    for name, gradient in once["gradients"].items():
+        assert torch.equal(again["gradients"][name], gradient), name
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -18,6 +18,8 @@ from support.oracle import dense_attention, mask_cases, random_qkv
 from support.plan_cases import ORDERS, PlanCase, order_case, plan_cases
 
 from farspan.kernels import attend, attend_backward, masks
+from farspan.kernels.index import VerticalSlashIndex
+from farspan.kernels.tiles import TILE
 from farspan.parallel import execute, orders, plans
 from farspan.parallel.execute import attention
 from farspan.parallel.prepare import prepare
@@ -120,6 +122,41 @@ def _bits(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def _wire_bits(rank: int, folder: str) -> None:
+    """Runs with a sparse wire that differ from one without, whatever the ranks' pace."""
+    join(rank, folder)
+    length, heads, dim, generator = 8192, (8, 4), 128, torch.Generator("cuda")
+    order, mask = orders.striped(length, 2, TILE), masks.causal(length, [0, 3000, length])
+    diagonals = torch.zeros(1, heads[0], length // TILE, dtype=torch.bool)
+    diagonals[..., [0, 2, 10]] = diagonals[:, 2, [1, 33]] = True  # odd distances are the other rank's
+    columns = torch.tensor([5, 700, 4000, length], dtype=torch.int32).expand(1, heads[0], -1).clone()
+    columns[:, 4:] = length
+    index = VerticalSlashIndex(diagonals.cuda(), columns.cuda(), length)
+    different = []
+    for name in ("ring", "all_gather"):
+        generator.manual_seed(rank)
+        q, k, v, dout = (
+            torch.randn(1, order.slots, n, dim, device="cuda", dtype=torch.bfloat16, generator=generator)
+            for n in (8, 4, 4, 8)
+        )
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        plan = plans.build(name, order, mask, heads)
+        whole, sparse = (
+            prepare(plan, order, mask, rank, "cuda", sparse_block=TILE, sparse_wire=wire) for wire in (False, True)
+        )
+        expected = None
+        for number, prepared in enumerate([whole, *[sparse] * 6]):
+            pace = Random(10 * number + rank)
+            with mock.patch.multiple(execute, **{f.__name__: _late(f, pace) for f in (attend, attend_backward)}):
+                out, _ = attention(*inputs, prepared, dist.group.WORLD, index=index)
+                found = [out, *torch.autograd.grad(out, inputs, dout)]
+            expected = expected or found
+            if not all(map(torch.equal, expected, found)):
+                different.append(f"{name}, run {number} of rank {rank}")
+    Path(folder, f"different{rank}").write_text("\n".join(different))
+    dist.destroy_process_group()
+
+
 def _late(kernel: Callable[..., Any], pace: Random) -> Callable[..., Any]:
     """The kernel, before which its stream sleeps for up to two milliseconds: what is not waited for shows."""
 
@@ -133,4 +170,10 @@ def _late(kernel: Callable[..., Any], pace: Random) -> Callable[..., Any]:
 @pytest.mark.multigpu
 def test_the_pace_of_ranks_changes_no_bit(tmp_path: Path) -> None:
     multiprocessing.spawn(_bits, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / f"different{rank}").read_text() for rank in range(2)] == ["", ""]
+
+
+@pytest.mark.multigpu
+def test_a_sparse_wire_changes_no_bit(tmp_path: Path) -> None:
+    multiprocessing.spawn(_wire_bits, (str(tmp_path),), nprocs=2)
     assert [(tmp_path / f"different{rank}").read_text() for rank in range(2)] == ["", ""]

@@ -87,7 +87,7 @@ def _indexes(rank: int, folder: str) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     q, k = (torch.randn(1, length, n, 128, device="cuda", dtype=torch.bfloat16, generator=generator) for n in heads)
     found = []
-    for order in (orders.contiguous(length, 1), *(f(length, 2, TILE) for f in (orders.striped, orders.zigzag))):
+    for order in (orders.contiguous(length, 1), orders.striped(length, 2, TILE), orders.zigzag(length, 2)):
         mine, group = (0, None) if order.world == 1 else (rank, dist.group.WORLD)
         estimator = Estimator(order, masks.causal(length), VerticalSlash(segments=2), mine, group, "cuda")
         index, _ = estimator(order.shard(q.cpu(), mine).cuda(), order.shard(k.cpu(), mine).cuda())

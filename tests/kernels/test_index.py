@@ -8,6 +8,7 @@ from support.oracle import dense_attention, difference, mask_cases, random_qkv
 
 from farspan.kernels import attend, attend_backward, masks, merge
 from farspan.kernels.index import BlockIndex, Places
+from farspan.kernels.row_blocks import RowBlocks
 from farspan.parallel import orders
 
 LENGTH, BLOCK, HEADS = 61, 8, (4, 2)
@@ -92,6 +93,29 @@ def test_a_block_index_selects_its_tiles() -> None:
     position = torch.arange(LENGTH) // BLOCK
     assert torch.equal(index.to_dense(), tiles[:, :, position][:, :, :, position].tril())
     assert index.density().shape == (1, HEADS[0])
+
+
+@pytest.mark.parametrize("mask_name", ["causal", "documents", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_of_rows_read_the_blocks_that_they_compute_something_of(name: str, mask_name: str) -> None:
+    """By definition, but for tiles that the mask hides in part: there a block may be named in vain."""
+    mask = next(case for case in mask_cases(LENGTH) if case.name == mask_name)
+    case = next(case for case in index_cases(LENGTH, HEADS[0], BLOCK, batch=2) if case.name == name)
+    groups = [np.array(members) for members in ([0, 3, 6], [1, 4, 7], [2], [5])]
+    found = case.index.reads(RowBlocks.of(groups, mask.mask, BLOCK, "cpu"), HEADS[1])
+    blocks, padding = -(-LENGTH // BLOCK), (0, -LENGTH % BLOCK) * 2
+
+    def by_block(pairs: torch.Tensor) -> torch.Tensor:
+        tiles = torch.nn.functional.pad(pairs, padding).unflatten(-1, (blocks, BLOCK)).unflatten(-3, (blocks, BLOCK))
+        return tiles.any(-1).any(-2)
+
+    computed = (case.selected & mask.allowed[:, None]).unflatten(1, (HEADS[1], -1)).any(2)
+    tile = (by_block(case.selected) & by_block(mask.allowed)[:, None]).unflatten(1, (HEADS[1], -1)).any(2)
+    for group, members in enumerate(groups):
+        read = found[:, :, group]
+        assert not (by_block(computed)[:, :, members].any(2) & ~read).any()
+        if mask_name != "documents":
+            assert torch.equal(read, tile[:, :, members].any(2))
 
 
 def test_tiles_that_are_not_blocks_of_positions_are_refused() -> None:

@@ -27,11 +27,17 @@ def test_kernels_compile_for_hopper_and_keep_the_matrix_units_busy(dim: int) -> 
         assert report["shared_bytes"] <= 227 * 1024, report
         # Warpgroup products, of 16 along the head dim, issued without waiting for one another: ptxas says so when it
         # has to serialize them. Estimation has one product, attention several.
-        assert report["products"] >= (dim // 16 if report["kernel"].startswith("estimate") else 8), report
+        assert report["products"] >= products(report["kernel"], dim), report
         assert not report["serialized"], report
         # Registers that do not fit go through memory. In the backward kernels for Hopper a few words do, around the
         # loops, in the forward ones and the portable dkdv some where tiles are tested, for that is seldom.
         assert report["spilled_bytes"] <= spill_limit(report["kernel"]), report
+
+
+def products(kernel: str, dim: int) -> int:
+    if kernel == f"portable dkdv {dim} columns":  # adds up what the kernel for columns made
+        return 0
+    return dim // 16 if kernel.startswith("estimate") else 8
 
 
 def spill_limit(kernel: str) -> int:

@@ -64,6 +64,9 @@ def test_a_run_with_sparse_attention(tmp_path: Path) -> None:
     for row in measured:
         assert 0.3 < row["sparse_recall"] <= 1
         assert 1 <= row["sparse_imbalance_ranks"] <= row["sparse_imbalance_lockstep"] < 1.6
+        # Of a ring of two, but for the last stripe, which nobody else sees: k and v in both directions, and gradients.
+        assert row["sparse_dense_wire_bytes"] == row["sparse_dense_wire_bytes_layer_01"] == 3 * 2 * 384 * 2 * 16 * 4
+        assert 0 < row["sparse_wire_bytes"] <= row["sparse_dense_wire_bytes"]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert {"sparse/density", "sparse/recall_layer_01"} <= set(events.Tags()["scalars"])
     assert set(events.Tags()["images"]) == {"sparse/density by layer and head", "sparse/work by rank and stage"}
@@ -82,6 +85,12 @@ def test_a_run_with_sparse_attention(tmp_path: Path) -> None:
         (tiles[0] + tiles[1] + sum(tiles[2 : 2 + count])) / sum(tiles[:blocks]) for count in found["diagonals"][1]
     )
     assert last["sparse_density_layer_01"] <= largest + 1e-9
+
+    wire = ("train.steps=7", "parallel.sparse_wire=true", "attention.sparse.report_every=1")
+    farspan("train", str(path), f"attention.sparse.budgets={budgets}", *wire)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 7
+    assert 0 < last["sparse_wire_bytes"] <= last["sparse_dense_wire_bytes"]
 
 
 @pytest.mark.full

@@ -25,6 +25,7 @@ def run_plan(
     group: Groups = None,
     backend: str = "auto",
     index: Index | None = None,
+    sparse_wire: bool = False,
 ) -> tuple[list[torch.Tensor], dict[str, int]]:
     """out, lse, dq, dk, dv of this rank's slots, and the bytes that it sent. Padding slots hold garbage.
 
@@ -42,7 +43,8 @@ def run_plan(
 
     Wire.send = counting  # type: ignore[method-assign]
     try:
-        prepared = prepare(plan, order, mask, rank, sparse_block=None if index is None else index.block)
+        block = None if index is None else index.block
+        prepared = prepare(plan, order, mask, rank, sparse_block=block, sparse_wire=sparse_wire)
         out, lse = attention(*local, prepared, group or dist.group.WORLD, index=index, backend=backend)
         out.backward(dout)
     finally:

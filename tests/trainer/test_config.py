@@ -162,6 +162,11 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
             ["model.layers=2", "attention.sparse.dense_layers=[0]", "attention.window={width: 8, full_layers: [0]}"],
             "leave no layer for attention.sparse",
         ),
+        (["parallel.sparse_wire=true"], "set parallel.sparse_wire to false, or attention.sparse.mass"),
+        (
+            ["attention.sparse.mass=0.9", "parallel.sparse_wire=true", "parallel.plan=ulysses"],
+            "set parallel.plan to ring, hierarchical_ring or all_gather, or parallel.sparse_wire to false",
+        ),
         (["attention.sparse.dense_steps=3", "memory.keep_layers=auto"], "set memory.keep_layers to a number"),
         (
             ["attention.sparse={train: false, evaluate: false}"],

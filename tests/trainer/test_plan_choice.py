@@ -53,6 +53,15 @@ def test_the_choice_is_a_plan_and_says_why() -> None:
     assert {"hierarchical_ring", "usp"} < _milliseconds(reason).keys()
 
 
+def test_a_sparse_wire_is_for_plans_that_send_keys_alone() -> None:
+    sparse = {"attention": {"sparse": {"expected_density": 0.05}}}
+    wire = _config(4, parallel={"sparse_wire": True, "inner": 2, "ulysses": 2, "order": "striped"}, **sparse)
+    _, reason = plan_name(wire, orders.striped(65536, 4, 128), lambda: masks.causal(65536), 0.05)
+    assert _milliseconds(reason).keys() == {"ring", "hierarchical_ring", "all_gather"}
+    _, dense = plan_name(wire, orders.striped(65536, 4, 128), lambda: masks.causal(65536))
+    assert all(_milliseconds(reason)[name] < slower for name, slower in _milliseconds(dense).items())
+
+
 def test_nothing_is_predicted_that_nobody_asked_for() -> None:
     def no_mask() -> IntervalMask:
         raise AssertionError("not needed")

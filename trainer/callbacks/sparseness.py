@@ -7,8 +7,9 @@ import torch
 
 from farspan.parallel.balance import imbalance, stage_imbalance, step_imbalance
 from farspan.parallel.index_work import work
+from farspan.parallel.sieve import bytes_sent
 from farspan.trainer.callbacks.recording import Recording
-from farspan.trainer.sparse import SparseAttention, of_all_heads
+from farspan.trainer.sparse import Selected, SparseAttention, of_all_heads
 from farspan.trainer.trainer import StepRecord, Trainer
 
 
@@ -52,7 +53,25 @@ class Sparseness:
             "sparse_imbalance_lockstep": stage_imbalance(whole),
             "sparse_imbalance_steps": step_imbalance(whole),
         }
+        self._traffic(trainer, record, found)
         if self.recording is not None:
             board = self.recording.tensorboard
             board.heat_map(record.step, "sparse/density by layer and head", density.cpu().numpy())
             board.heat_map(record.step, "sparse/work by rank and stage", whole)
+
+    def _traffic(self, trainer: Trainer, record: StepRecord, found: dict[int, Selected]) -> None:
+        """Bytes that a sequence's ranks send for a layer, forward and backward, where it is keys and values alone."""
+        model, train = trainer.config.model, trainer.feed.sharing_of_step(record.step - 1).config.train
+        rows, itemsize = train.micro_batch_rows, 2 if train.dtype == "bf16" else 4
+        sent = {
+            layer: bytes_sent(selected.sieve, selected.index, model.head_dim, rows, itemsize)
+            for layer, selected in found.items()
+            if selected.sieve is not None
+        }
+        if not sent:
+            return
+        mine = torch.tensor(list(sent.values()), device=trainer.mesh.device)[:, None]
+        of_layers = of_all_heads(mine, trainer.mesh.tensor).sum(1).cpu()
+        for name, line in zip(("sparse_wire_bytes", "sparse_dense_wire_bytes"), of_layers.T):
+            record.further[name] = float(line.double().mean())
+            record.further |= {f"{name}_layer_{layer:02d}": float(bytes_) for layer, bytes_ in zip(sent, line)}
