@@ -14,8 +14,8 @@ import torch
 from step_measure import WARM_UP_LENGTH, Split, Stopwatch
 from torch import nn
 
+from farspan.data.concatenated import ConcatRows
 from farspan.data.corpus import Corpus
-from farspan.data.rows import Rows
 from farspan.data.sampling import sample_index
 from farspan.models.config import ModelConfig
 from farspan.trainer.config import RunConfig
@@ -70,7 +70,7 @@ class HuggingFace:
         self.steps(WARM_UP_LENGTH, 2, Stopwatch(self.device))
 
     def steps(self, length: int, count: int, stopwatch: Stopwatch) -> float:
-        rows = Rows(self.corpus, length, self.seed)
+        rows = ConcatRows(self.corpus, length, self.seed)
         loss = torch.tensor(float("nan"))
         stopwatch.start()
         for number in range(count):

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farspan.data.rows import IGNORED, Row, Rows
-from farspan.data.sampling import sample_index
+from farspan.data.rows import IGNORED, Row
 from farspan.data.visibility import BY_DOCUMENT, Visibility
 from farspan.kernels import IntervalMask
 from farspan.parallel.orders import Order
@@ -62,30 +61,3 @@ def make_batch(
         valid=int((labels != IGNORED).sum()),
         samples=tuple(samples),
     )
-
-
-@dataclass(frozen=True)
-class StepRows:
-    """Which samples each data rank takes in each optimizer step: slices of one sequence that ranks do not change.
-
-    Sample number n is row `sample_index(seed, n)`. Step s has samples `[s * rows_per_step, (s + 1) * rows_per_step)`,
-    dealt out to micro-batches first, then to data ranks.
-    """
-
-    rows: Rows
-    seed: int
-    rows_per_step: int
-    micro_batch_rows: int
-    data: int
-
-    @property
-    def micro_batches(self) -> int:
-        return self.rows_per_step // (self.data * self.micro_batch_rows)
-
-    def samples(self, step: int, micro_batch: int, data_rank: int) -> list[int]:
-        """Sample numbers of one micro-batch of one data rank; steps count from 0."""
-        first = step * self.rows_per_step + (micro_batch * self.data + data_rank) * self.micro_batch_rows
-        return list(range(first, first + self.micro_batch_rows))
-
-    def row(self, sample: int) -> Row:
-        return self.rows[sample_index(self.seed, sample, len(self.rows))]

@@ -75,7 +75,8 @@ class Visibility:
 
     def mask(self, rows: Sequence[Row]) -> IntervalMask:
         """`[1 or rows, length]`, in positions. DataError where Star Attention cannot tell a document's context."""
-        if self.across_documents:
+        alike = all(_same_documents(row, rows[0]) for row in rows)
+        if self.across_documents or alike:
             return self._mask(rows[0])
         return masks.stack(self._mask(row) for row in rows)
 
@@ -102,6 +103,12 @@ class Visibility:
 
     def _documents(self, row: Row) -> NDArray[np.int64]:
         return np.array([0, len(row.tokens)]) if self.across_documents else row.cu_seqlens
+
+
+def _same_documents(one: Row, other: Row) -> bool:
+    if one.contexts is None or other.contexts is None:
+        return one.contexts is other.contexts and np.array_equal(one.cu_seqlens, other.cu_seqlens)
+    return np.array_equal(one.cu_seqlens, other.cu_seqlens) and np.array_equal(one.contexts, other.contexts)
 
 
 BY_DOCUMENT = Visibility()

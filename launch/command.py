@@ -156,6 +156,15 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def data_schedule(options: argparse.Namespace) -> int:
+    """Prints which lengths the steps of a run have, and what of the text they read."""
+    from farspan.trainer.config import load_config
+    from farspan.trainer.describe_schedule import describe_schedule
+
+    describe_schedule(load_config(options.config, options.overrides), print, options.plot)
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Prints versions, devices and attention backends, and which of them a configuration's first batch will use."""
     from farspan.trainer.config import load_config
@@ -293,6 +302,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibration.add_arguments(measuring)
     measuring.set_defaults(verb=calibrate, overrides=[])
+
+    data = verbs.add_parser("data", help="Look at what training reads.")
+    looks = data.add_subparsers(required=True, metavar="ACTION")
+    scheduling = looks.add_parser(
+        "schedule",
+        help="Which lengths of rows a run's steps have, and tokens of each.",
+        description="For data.method decompose: rows and tokens by length, steps of each, and what is discarded.",
+        usage="farspan data schedule CONFIG [key=value ...] [--plot FILE.png]",
+        epilog="key=value overrides a key of the file, such as curriculum.odds=uniform.",
+    )
+    scheduling.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    scheduling.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw lengths by step and tokens by length (needs farspan[plot])"
+    )
+    scheduling.set_defaults(verb=data_schedule, overrides=[])
 
     checkpoints = verbs.add_parser("checkpoint", help="List or verify checkpoints.")
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")

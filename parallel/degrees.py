@@ -26,6 +26,24 @@ class Degrees:
         """Ranks that share optimizer state, and over which gradients are summed."""
         return self.data * self.context
 
+    def context_groups(self) -> list[list[int]]:
+        """The ranks that share a sequence, each group once."""
+        return [list(ranks[i : i + self.context]) for ranks in self._shards for i in range(0, self.shard, self.context)]
+
+    def batch_groups(self) -> list[list[int]]:
+        """The ranks that hold the same part of different data, each group once."""
+        return [list(ranks[i :: self.context]) for ranks in self._shards for i in range(self.context)]
+
+    @property
+    def _shards(self) -> list[range]:
+        return [range(tensor_rank, self.world, self.tensor) for tensor_rank in range(self.tensor)]
+
+    def with_context(self, context: int) -> Degrees:
+        """The same ranks with another context degree, a divisor of data x context."""
+        if self.shard % context:
+            raise MeshError(f"{self.shard} data x context ranks cannot be divided into groups of {context}")
+        return Degrees(self.shard // context, context, self.tensor)
+
     @classmethod
     def divide(cls, world: int, context: int, tensor: int) -> Degrees:
         """The data degree that `world` processes leave; MeshError, with the nearest possible degrees, if none."""

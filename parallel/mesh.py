@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -21,7 +22,8 @@ class Mesh:
     `batch`: who reads different data. `loss`: data x context, over which loss and gradients are summed. `shard`: who
     shares optimizer state (the same ranks as `loss`). `context`: who shares a sequence. `tensor`: who shares layers.
     `control`: all ranks, on gloo, for agreements between hosts that must not touch a GPU. `links`: for each link of a
-    plan's moves the group that carries them; all are of the context ranks.
+    plan's moves the group that carries them; all are of the context ranks. `narrower` has a mesh of the same ranks for
+    each smaller context degree that was asked for: batch, context and links differ, and all else is shared.
     """
 
     degrees: Degrees
@@ -33,12 +35,16 @@ class Mesh:
     tensor: dist.ProcessGroup
     control: dist.ProcessGroup
     links: dict[str, dist.ProcessGroup]
+    narrower: Mapping[int, Mesh] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, degrees: Degrees, device: torch.device, outer_link: bool = False) -> Mesh:
+    def create(
+        cls, degrees: Degrees, device: torch.device, outer_link: bool = False, narrower: Sequence[int] = ()
+    ) -> Mesh:
         """Collective over all ranks of the default process group, which must exist; all groups have its timeout.
 
         With `outer_link`, hops between nodes have a communicator of their own: on one they would queue with inner hops.
+        `narrower` are further context degrees, divisors of that of `degrees`.
         """
         if dist.get_world_size() != degrees.world:
             raise MeshError(
@@ -54,7 +60,7 @@ class Mesh:
         )
         loss = parallel_state.get_data_parallel_group(with_context_parallel=True)
         context = parallel_state.get_context_parallel_group()
-        outer = _twin(context, device) if outer_link else context
+        outer = _new_group(degrees.context_groups(), device) if outer_link else context
         mesh = cls(
             degrees=degrees,
             device=device,
@@ -66,10 +72,26 @@ class Mesh:
             control=dist.new_group(backend="gloo", timeout=timeout),
             links=dict.fromkeys(LINKS, context) | {"outer": outer},
         )
+        mesh = replace(mesh, narrower={context: mesh._narrowed(context, outer_link) for context in narrower})
+        transfers = [group for each in (mesh, *mesh.narrower.values()) for group in (each.context, each.links["outer"])]
         # A communicator is made at its first collective, in which all its ranks must take part; two alone would hang.
-        for group in (mesh.loss, mesh.context, outer, mesh.tensor):
+        for group in (mesh.loss, mesh.tensor, *transfers):
             dist.all_reduce(torch.zeros(1, device=device), group=group)
         return mesh
+
+    def with_context(self, context: int) -> Mesh:
+        """The mesh of this context degree, which is its own or one of `narrower`."""
+        return self if context == self.degrees.context else self.narrower[context]
+
+    def _narrowed(self, context: int, outer_link: bool) -> Mesh:
+        """Collective: neighbours among the ranks that share a sequence here share one there."""
+        degrees, device = self.degrees.with_context(context), self.device
+        group = _new_group(degrees.context_groups(), device)
+        outer = _new_group(degrees.context_groups(), device) if outer_link else group
+        batch = _new_group(degrees.batch_groups(), device)
+        return replace(
+            self, degrees=degrees, batch=batch, context=group, links=dict.fromkeys(LINKS, group) | {"outer": outer}
+        )
 
     @property
     def data_rank(self) -> int:
@@ -94,12 +116,8 @@ def _timeout(device: torch.device) -> timedelta:
     return dist.group.WORLD._get_backend(device).options._timeout
 
 
-def _twin(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Another group of the same ranks; all ranks make all of these, in one order."""
-    mine = dist.get_process_group_ranks(group)
-    everyones: list[list[int]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+def _new_group(groups: list[list[int]], device: torch.device) -> dist.ProcessGroup:
+    """A new group of the ranks with which this one is in `groups`; all ranks make all of these, in one order."""
     timeout, options = _timeout(device), transfer_options(device)
-    each = sorted({tuple(ranks) for ranks in everyones})
-    twins = {ranks: dist.new_group(list(ranks), timeout, pg_options=options) for ranks in each}
-    return twins[tuple(mine)]
+    made = [dist.new_group(ranks, timeout, pg_options=options) for ranks in groups]
+    return next(group for ranks, group in zip(groups, made, strict=True) if dist.get_rank() in ranks)

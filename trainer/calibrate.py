@@ -27,6 +27,7 @@ from farspan.trainer.config import ConfigError, RunConfig, load_run_config
 from farspan.trainer.feed import Feed
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
+from farspan.trainer.row_length import narrower_contexts
 from farspan.trainer.sparse import of_all_heads
 
 
@@ -74,7 +75,8 @@ def run(request: Request) -> None:
         if leads:
             print(line, file=sys.stderr, flush=True)
 
-    mesh = Mesh.create(degrees, start_process_group(config.parallel.timeout_seconds))
+    device = start_process_group(config.parallel.timeout_seconds)
+    mesh = Mesh.create(degrees, device, narrower=narrower_contexts(config))
     try:
         decoder = newest_decoder(request.run, config, model, mesh, say)
         budgets = _measure(request, config, model, Feed(config, model, data, mesh), decoder, mesh, say)

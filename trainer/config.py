@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from farspan.data.curriculum import ODDS
 from farspan.kernels import BACKENDS
 from farspan.kernels.estimate import MoBA, Settings, VerticalSlash, XAttention
 from farspan.kernels.tiles import TILE
@@ -62,6 +63,17 @@ class LaunchSection(_Section):
     """How long workers may take to finish their step and save after SIGTERM or SIGINT."""
 
 
+class DecomposeSection(_Section):
+    """Dataset decomposition (docs/dataset-decomposition.md), for `data.method: decompose`."""
+
+    shortest: int = Field(256, gt=1)
+    """Tokens of the shortest rows, a power of two; those of the longest are `train.sequence_length`. What a document
+    has left beyond its rows is shorter than these, and is not trained on."""
+    randomize: bool = True
+    """Draw the lengths of rows in documents of two of the longest or more, so that all get equally many of their
+    tokens; if not, these are cut into the longest."""
+
+
 class DataSection(_Section):
     sources: list[str] = Field(min_length=1)
     """Text files, folders of them, or `python-stdlib`: the sources of the running Python's own standard library."""
@@ -75,6 +87,26 @@ class DataSection(_Section):
     """Share of the documents that are kept for evaluation; at least one of them is."""
     processes: int = Field(1, gt=0)
     """Processes that encode text during `farspan prepare`."""
+    method: Literal["concat", "decompose"] = "concat"
+    """How rows are made of documents: one after the other, cut every `train.sequence_length` tokens, or each by itself
+    into rows whose lengths are powers of two, which a `curriculum` orders."""
+    decompose: DecomposeSection = DecomposeSection()  # type: ignore[call-arg]
+    workers: int = Field(0, ge=0)
+    """Processes of each rank that read rows ahead of training; with 0 the training process reads them itself."""
+
+
+class CurriculumSection(_Section):
+    """The order of rows by length, for `data.method: decompose`. Lists go from the shortest to the longest."""
+
+    odds: str | list[Annotated[float, Field(gt=0)]] = "uniform"
+    """How likely a step is of each length while a cycle has such steps left: `uniform`; `grow_linear`, `grow_p2` or
+    `grow_p100`, with which short rows come first; `shrink_p100`, with which long ones do; or a number for each."""
+    mixture: Literal["natural", "equal"] | list[Annotated[float, Field(gt=0)]] = "natural"
+    """Tokens of each length in a cycle: as the text has them, equally many, or in proportion to a number for each."""
+    cycles: int = Field(1, gt=0)
+    """Equal parts of the run, each with the whole mixture in the order of the odds; they divide `train.steps`."""
+    schedule: Literal["random", "sub_cycles"] = "random"
+    """How a cycle follows the odds: by draws, or in as many parts as there are lengths, with fixed shares of each."""
 
 
 class TrainSection(_Section):
@@ -83,9 +115,9 @@ class TrainSection(_Section):
     tokens_per_step: int = Field(gt=0)
     """Tokens of one optimizer step, over all ranks and micro-batches: a multiple of `sequence_length`."""
     sequence_length: int = Field(gt=1)
-    """Tokens of one packed row."""
+    """Tokens of one row; of the longest, where lengths differ."""
     micro_batch_rows: int = Field(1, gt=0)
-    """Rows that one forward pass of a data rank takes."""
+    """Rows that one forward pass of a data rank takes; of shorter ones it takes more, up to as many tokens a rank."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Dtype of weights in the forward and backward passes; optimizer state is fp32 always."""
     loss_chunk_tokens: int = Field(8192, gt=0)
@@ -113,6 +145,9 @@ class TrainSection(_Section):
 class ParallelSection(_Section):
     context: int = Field(1, gt=0)
     """Ranks that share every sequence."""
+    tokens_per_rank: int | None = Field(None, gt=0)
+    """Tokens of a row that one rank can hold. Rows are then shared by as few ranks as hold them, `context` at most, and
+    so by fewer the shorter they are; when not given, all rows are shared by `context` ranks."""
     tensor: int = Field(1, gt=0)
     """Ranks that share every layer."""
     sequence_parallel: bool = False
@@ -359,6 +394,7 @@ class RunConfig(_Section):
     model: ModelConfig
     data: DataSection
     train: TrainSection
+    curriculum: CurriculumSection = CurriculumSection()  # type: ignore[call-arg]
     parallel: ParallelSection = ParallelSection()  # type: ignore[call-arg]
     attention: AttentionSection = AttentionSection()
     memory: MemorySection = MemorySection()
@@ -402,6 +438,88 @@ class RunConfig(_Section):
             raise ValueError("parallel.sequence_parallel divides tokens over tensor ranks, but parallel.tensor is 1")
         self.model.check_tensor_degree(self.parallel.tensor)
         load_cluster(self.cluster)
+        return self
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of the rows that training takes, the longest first."""
+        longest = self.train.sequence_length
+        if self.data.method == "concat":
+            return (longest,)
+        return tuple(longest >> i for i in range((longest // self.data.decompose.shortest).bit_length()))
+
+    @model_validator(mode="after")
+    def _check_decompose(self) -> RunConfig:
+        data, train, curriculum = self.data, self.train, self.curriculum
+        if data.method != "decompose":
+            for key, given in (("data.decompose", data.decompose), ("curriculum", curriculum)):
+                if given != type(given).model_validate({}):
+                    raise ValueError(
+                        f"{key} does nothing with data.method {data.method}; leave it out, or set data.method to "
+                        "decompose"
+                    )
+            return self
+        for key, length in (
+            ("train.sequence_length", train.sequence_length),
+            ("data.decompose.shortest", data.decompose.shortest),
+        ):
+            if length & (length - 1):
+                raise ValueError(
+                    f"{key} is {length}, but data.method decompose makes rows of powers of two; the nearest are "
+                    f"{1 << (length.bit_length() - 1)} and {1 << length.bit_length()}"
+                )
+        if data.decompose.shortest > train.sequence_length:
+            raise ValueError(
+                f"data.decompose.shortest {data.decompose.shortest} is more than train.sequence_length "
+                f"{train.sequence_length}, which the longest rows have; lower it"
+            )
+        if isinstance(curriculum.odds, str) and curriculum.odds not in ODDS:
+            hint = _did_you_mean(curriculum.odds, list(ODDS)) or ";"
+            raise ValueError(
+                f"curriculum.odds is {curriculum.odds!r}{hint} possible are {', '.join(ODDS)} or a list of numbers"
+            )
+        buckets = len(self.row_lengths)
+        for key, numbers in (("odds", curriculum.odds), ("mixture", curriculum.mixture)):
+            if isinstance(numbers, list) and len(numbers) != buckets:
+                raise ValueError(
+                    f"curriculum.{key} has {len(numbers)} numbers, but there are {buckets} lengths of rows, from "
+                    f"data.decompose.shortest {data.decompose.shortest} to train.sequence_length "
+                    f"{train.sequence_length}; give one for each"
+                )
+        if train.steps % curriculum.cycles:
+            raise ValueError(
+                f"curriculum.cycles {curriculum.cycles} does not divide train.steps {train.steps}; the nearest that "
+                f"goes is {max(1, round(train.steps / curriculum.cycles)) * curriculum.cycles}"
+            )
+        if self.memory.keep_layers == "auto":
+            raise ValueError(
+                "memory.keep_layers auto measures the first steps, and data.method decompose makes the later ones "
+                "unlike them; set memory.keep_layers to a number"
+            )
+        sparse = self.attention.sparse
+        if sparse is not None and (sparse.refresh > 1 or sparse.budgets is not None):
+            key = "refresh" if sparse.refresh > 1 else "budgets"
+            raise ValueError(
+                f"attention.sparse.{key} is for rows of one length, and data.method decompose makes rows of several; "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tokens_per_rank(self) -> RunConfig:
+        context, held = self.parallel.context, self.parallel.tokens_per_rank
+        if held is None:
+            return self
+        if context & (context - 1):
+            raise ValueError(
+                f"parallel.context is {context}, but with parallel.tokens_per_rank rows are shared by a power of two "
+                f"of ranks; set it to {1 << (context.bit_length() - 1)} or {1 << context.bit_length()}"
+            )
+        if -(-self.train.sequence_length // context) > held:
+            raise ValueError(
+                f"train.sequence_length {self.train.sequence_length} over parallel.context {context} is more than "
+                f"parallel.tokens_per_rank {held}; raise one of the latter two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 
 from farspan.parallel.degrees import Degrees
 from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.row_length import degrees_for_rows, for_rows
 
 # DeepSpeed's keys that have one of ours. Setting them twice would leave open which one counts.
 _OURS = {
@@ -41,7 +42,8 @@ def engine_config(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
             branch = branch.get(section) if isinstance(branch, dict) else None
         if isinstance(branch, dict) and last in branch:
             raise ConfigError(f"deepspeed.{key} is set by {ours} here; remove it from the deepspeed section")
-    train = config.train
+    train = for_rows(config, config.train.sequence_length).train
+    degrees = degrees_for_rows(config, degrees, train.sequence_length)
     zero = extra.pop("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"deepspeed.zero_optimization is {zero!r}; it must be a section, or absent")

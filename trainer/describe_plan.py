@@ -11,7 +11,7 @@ from pathlib import Path
 from farspan.parallel import balance
 from farspan.parallel.plan import DIRECTIONS
 from farspan.trainer.config import RunConfig
-from farspan.trainer.describe_step import Say, say_memory, say_time
+from farspan.trainer.describe_step import Say, say_length, say_memory, say_time
 from farspan.trainer.plan_table import by_rank
 from farspan.trainer.planned import LayerPlan, Planned, plan_of
 
@@ -19,7 +19,8 @@ _WIDTH, _INDENT = 100, 14
 
 
 def describe_plan(config: RunConfig, processes: int, report: Callable[[str], None], plot: Path | None = None) -> None:
-    """For rows of one document: mesh, plan, verification, work and bytes, time and memory of a step.
+    """For rows of one document: mesh, plan, verification, work and bytes, time and memory of a step of the longest,
+    and a line on each other length.
 
     ConfigError for an impossible mesh, or when `plot` is given and cannot be drawn.
     """
@@ -43,7 +44,8 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
         from farspan.trainer.plan_plot import check_plot, plot_work
 
         check_plot(plot)
-    planned, reasons = plan_of(config, processes)
+    planned, reasons = plan_of(config, processes, config.train.sequence_length)
+    shorter = [plan_of(config, processes, length)[0] for length in config.row_lengths[1:]]
     if plot is not None:  # before anything is printed, for who reads it may leave
         plot_work({layer.seen.in_words: layer.found for layer in planned.kinds}, plot)
     _say_mesh(planned, say)
@@ -65,6 +67,8 @@ def _describe(config: RunConfig, processes: int, report: Callable[[str], None], 
         _say_traffic(planned, layer, say)
     say_time(planned, say)
     say_memory(planned, say)
+    for others in shorter:
+        say_length(others, say)
     say(
         "verified",
         "in both directions: every pair once, operands in place, every result home; sends and receives agree, and no "

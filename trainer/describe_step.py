@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from farspan.kernels import rates
 from farspan.parallel.cost import NoRatesError
+from farspan.parallel.plan import Direction
+from farspan.parallel.timeline import Timeline
 from farspan.trainer.memory_estimate import estimate_memory, remedies
 from farspan.trainer.plan_choice import predict_attention
 from farspan.trainer.planned import LayerPlan, Planned
@@ -13,10 +15,12 @@ from farspan.trainer.sparse_memory import selection_bytes
 from farspan.trainer.step_estimate import StepEstimate, estimate_step
 
 Say = Callable[[str, str], None]
+# Of one layer of each kind, by the share of what its mask shows that it computes.
+Attention = Mapping[tuple[LayerPlan, float], Mapping[Direction, Timeline]]
 
 
 def say_time(planned: Planned, say: Say) -> None:
-    config, cluster, train = planned.config, planned.cluster, planned.config.train
+    cluster, train = planned.cluster, planned.config.train
     at_once = planned.degrees.data * train.micro_batch_rows
     if train.rows_per_step % at_once:
         say(
@@ -31,24 +35,11 @@ def say_time(planned: Planned, say: Say) -> None:
         return
     densities = planned.densities
     try:
-        timelines = {
-            (layer, density): predict_attention(
-                config, cluster, layer.plan, planned.order, layer.found.visible, layer.found.elements, density
-            )
-            for layer in planned.kinds
-            for density in dict.fromkeys((1.0, *densities))
-            if density == 1 or not layer.seen.window
-        }
+        timelines = _attention(planned)
     except NoRatesError as error:
         say("step", f"no time predicted: {error}")
         return
-    tokens = planned.order.slots * train.micro_batch_rows
-
-    def estimate(densities: Sequence[float]) -> StepEstimate:
-        lines = [timelines[layer, density] for layer, density in zip(planned.layers, densities)]
-        return estimate_step(config, planned.degrees, cluster, lines, tokens)
-
-    step = estimate(densities)
+    step = _estimate(planned, timelines, densities)
     table = rates.of_capability(cluster.compute_capability)
     for (layer, density), lines in timelines.items():
         say(
@@ -68,7 +59,7 @@ def say_time(planned: Planned, say: Say) -> None:
         f"compute and {step.exposed:,.3f} s of exposed communication ({100 * step.exposed / step.total:.1f} %)",
     )
     if planned.work is not None:
-        dense = estimate([1.0] * len(densities)).total
+        dense = _estimate(planned, timelines, [1.0] * len(densities)).total
         say(
             "",
             f"with dense attention in all layers {dense:,.3f} s: selecting makes a step {dense / step.total:.2f} times "
@@ -84,6 +75,49 @@ def say_time(planned: Planned, say: Say) -> None:
         f"exposed: attention {step.waiting:,.3f}, tensor parallelism {step.tensor:,.3f}, gradients and weights "
         f"{step.reduction:,.3f}",
     )
+
+
+def _attention(planned: Planned) -> Attention:
+    """NoRatesError where nothing was measured to predict it by."""
+    return {
+        (layer, density): predict_attention(
+            planned.config,
+            planned.cluster,
+            layer.plan,
+            planned.order,
+            layer.found.visible,
+            layer.found.elements,
+            density,
+        )
+        for layer in planned.kinds
+        for density in dict.fromkeys((1.0, *planned.densities))
+        if density == 1 or not layer.seen.window
+    }
+
+
+def _estimate(planned: Planned, attention: Attention, densities: Sequence[float]) -> StepEstimate:
+    """A step whose layers compute these shares of what their masks show."""
+    lines = [attention[layer, density] for layer, density in zip(planned.layers, densities)]
+    tokens = planned.order.slots * planned.config.train.micro_batch_rows
+    return estimate_step(planned.config, planned.degrees, planned.cluster, lines, tokens)
+
+
+def say_length(planned: Planned, say: Say) -> None:
+    """One line on rows that are shorter than the longest, where `farspan plan` says everything of these."""
+    order, degrees, train = planned.order, planned.degrees, planned.config.train
+    names = " and ".join(dict.fromkeys(layer.plan.name for layer in planned.layers))
+    text = (
+        f"{order.length:,} tokens: data {degrees.data} x context {degrees.context}, {train.micro_batch_rows:,} "
+        f"row{'' if train.micro_batch_rows == 1 else 's'} in a micro-batch, {names}, verified"
+    )
+    if train.dtype == "bf16" and train.rows_per_step % (degrees.data * train.micro_batch_rows) == 0:
+        try:
+            seconds = _estimate(planned, _attention(planned), planned.densities).total
+        except NoRatesError:  # said of the longest rows
+            pass
+        else:
+            text += f"; a step of {seconds:,.3f} s expected, {train.tokens_per_step / seconds:,.0f} tokens/s"
+    say("rows", text)
 
 
 def say_memory(planned: Planned, say: Say) -> None:

@@ -21,6 +21,7 @@ from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_backends import attention_problem, describe_backends
 from farspan.trainer.first_rows import first_rows
 from farspan.trainer.plan_choice import build_plan, plan_names
+from farspan.trainer.row_length import for_rows
 
 Report = Callable[[str], None]
 Capability = tuple[int, int]
@@ -91,13 +92,14 @@ def _table(capability: Capability | None, where: str) -> str:
 
 
 def _describe_batch(config: RunConfig, processes: int, tensors: Problem, report: Report) -> None:
+    config = for_rows(config, config.train.sequence_length)
     parallel = config.parallel
     try:
         degrees = Degrees.divide(processes, parallel.context, parallel.tensor)
     except MeshError as error:
         raise ConfigError(str(error)) from error
     arrangement = Arrangement(config, degrees.context)
-    rows, words = first_rows(config, degrees.data)
+    rows, words = first_rows(config)
     order, named = arrangement.order(rows), plan_names(config, arrangement, rows)
     report(f"{'batch':<14}{words}")
     ranks = sorted({i * (order.world - 1) // (_RANKS - 1) for i in range(_RANKS)})

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from farspan.data.batch import StepRows
+from farspan.data.concatenated import ConcatRows
 from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
-from farspan.data.rows import Row, Rows, blank_row
+from farspan.data.rows import Row, blank_row
+from farspan.data.steps import Epochs, FixedSteps, Steps
 from farspan.trainer.config import RunConfig
+from farspan.trainer.decomposed import curriculum_steps, decompose_corpus
 
 
-def step_rows(config: RunConfig, prepared: Prepared, data: int) -> StepRows:
-    """The training rows, dealt out to `data` data ranks."""
-    train = config.train
-    return StepRows(
-        rows=Rows(Corpus(prepared, "train"), train.sequence_length, config.run.seed),
-        seed=config.run.seed,
-        rows_per_step=train.rows_per_step,
-        micro_batch_rows=train.micro_batch_rows,
-        data=data,
-    )
+def training_steps(config: RunConfig, prepared: Prepared) -> Steps:
+    """The training rows of every step, over all ranks."""
+    seed, corpus = config.run.seed, Corpus(prepared, "train")
+    if config.data.method == "decompose":
+        return curriculum_steps(config, corpus, decompose_corpus(config, corpus))
+    rows = ConcatRows(corpus, config.train.sequence_length, seed)
+    return FixedSteps(Epochs(rows, seed), config.train.rows_per_step)
 
 
-def first_rows(config: RunConfig, data: int) -> tuple[list[Row], str]:
+def first_rows(config: RunConfig) -> tuple[list[Row], str]:
     """Those of the first micro-batch, and what they are; rows with one document each where there is no text yet."""
     length, across = config.train.sequence_length, config.attention.across_documents
+    if config.data.method == "decompose":
+        return [blank_row(length)], f"rows of one document, {length:,} tokens, as all of data.method decompose"
     try:
-        rows = step_rows(config, load_prepared(config.data.directory), data)
+        steps = training_steps(config, load_prepared(config.data.directory))
     except DataError as error:
         return [blank_row(length)], f"rows of one document, {length:,} tokens, since there is no text. {error}"
-    taken = [rows.row(sample) for sample in rows.samples(0, 0, 0)]
+    taken = [steps.row(sample) for sample in steps.samples(0)[: config.train.micro_batch_rows]]
     documents = sum(len(row.cu_seqlens) - 1 for row in taken)
     seen = "seen across documents" if across else "each seen by itself"
     plural = "" if documents == 1 else "s"

@@ -23,6 +23,7 @@ TENSORBOARD_TAGS = {
     "step_seconds": "speed/step_seconds",
     "tokens_per_second": "speed/tokens_per_second",
     "sequence_length": "data/sequence_length",
+    "context": "data/context",
 }
 
 

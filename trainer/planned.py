@@ -18,6 +18,7 @@ from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.expected_work import ExpectedWork, expected_work
 from farspan.trainer.first_rows import first_rows
 from farspan.trainer.plan_choice import build_plan, plan_names
+from farspan.trainer.row_length import degrees_for_rows, for_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +63,12 @@ class Planned:
         return 2 if self.config.train.dtype == "bf16" else 4
 
 
-def plan_of(config: RunConfig, processes: int) -> tuple[Planned, list[str]]:
-    """For rows of one document; with the reasons where `parallel.plan` is `auto`.
+def plan_of(config: RunConfig, processes: int, length: int) -> tuple[Planned, list[str]]:
+    """For rows of so many tokens, of one document; with the reasons where `parallel.plan` is `auto`.
 
     ConfigError for an impossible mesh, or where the deepspeed section contradicts other keys.
     """
-    parallel, train = config.parallel, config.train
-    model = config.model
+    parallel, model = config.parallel, config.model
     if model.vocabulary_size is None:
         model = model.model_copy(update={"vocabulary_size": config.data.vocabulary_size})
         config = config.model_copy(update={"model": model})
@@ -77,15 +77,16 @@ def plan_of(config: RunConfig, processes: int) -> tuple[Planned, list[str]]:
     except MeshError as error:
         raise ConfigError(str(error)) from error
     engine_config(config, degrees)
+    config, degrees = for_rows(config, length), degrees_for_rows(config, degrees, length)
     arrangement = Arrangement(config, degrees.context)
     order = arrangement.order()
     check_tiles(config, order)
-    first, words = first_rows(config, degrees.data) if parallel.plan == "auto" else ([], "")
+    first, words = first_rows(config) if parallel.plan == "auto" else ([], "")
     named = plan_names(config, arrangement, first)
     made: dict[Visibility, LayerPlan] = {}
     for seen, mask in arrangement.masks().items():
         plan = build_plan(config, named[seen].name, order, mask)
-        found = verify(plan, order, mask, head_dim=model.head_dim, batch=train.micro_batch_rows)
+        found = verify(plan, order, mask, head_dim=model.head_dim, batch=config.train.micro_batch_rows)
         made[seen] = LayerPlan(seen, plan, found)
     layers = tuple(made[seen] for seen in arrangement.layers)
     reasons = [f"{chosen.reason}; judged by {words}" for chosen in named.values() if chosen.reason]

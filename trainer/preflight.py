@@ -19,7 +19,9 @@ from farspan.trainer.budgets import Budgets
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.describe_backends import attention_problem
+from farspan.trainer.first_rows import training_steps
 from farspan.trainer.host_memory import check_host_memory
+from farspan.trainer.row_length import degrees_for_rows, for_rows
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,20 @@ def check(config: RunConfig, processes: int) -> Preflight:
     except (MeshError, DataError) as error:
         raise ConfigError(str(error)) from error
     model = with_vocabulary(config, prepared)
-    _check_rows(config, degrees)
+    for length in config.row_lengths:
+        _check_rows(for_rows(config, length), degrees_for_rows(config, degrees, length))
+    _check_sparse_budgets(config)
     for shortage in short_splits(config, prepared):
         raise ConfigError(shortage)
+    if config.data.method == "decompose":
+        try:
+            training_steps(config, prepared)
+        except DataError as error:
+            raise ConfigError(str(error)) from error
+    longest = for_rows(config, config.train.sequence_length)
     if torch.cuda.is_available():
-        check_host_memory(config, degrees, check_devices(processes, "launch.processes"))
+        shared = degrees_for_rows(config, degrees, config.train.sequence_length)
+        check_host_memory(longest, shared, check_devices(processes, "launch.processes"))
     elif config.parallel.sequence_parallel:
         raise ConfigError(
             "parallel.sequence_parallel needs CUDA (Megatron's own operators do); set it to false on a CPU"
@@ -61,7 +72,7 @@ def check(config: RunConfig, processes: int) -> Preflight:
         raise ConfigError("memory.keep_layers auto measures a GPU's memory, and there is no GPU; set it to a number")
     try:
         gpu = capability(torch.device("cuda")) if torch.cuda.is_available() else None
-        check_backend(attention_problem(config, gpu), config.attention.backend)
+        check_backend(attention_problem(longest, gpu), config.attention.backend)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     engine_config(config, degrees)
@@ -106,7 +117,13 @@ def short_splits(config: RunConfig, prepared: Prepared) -> Iterator[str]:
             )
 
 
+def _check_sparse_budgets(config: RunConfig) -> None:
+    if config.attention.sparse is not None and config.attention.sparse.budgets is not None:
+        Budgets.read(config.attention.sparse.budgets, config)
+
+
 def _check_rows(config: RunConfig, degrees: Degrees) -> None:
+    """Of one length."""
     train = config.train
     at_once = degrees.data * train.micro_batch_rows
     if train.rows_per_step % at_once:
@@ -121,8 +138,6 @@ def _check_rows(config: RunConfig, degrees: Degrees) -> None:
     except DataError as error:
         raise ConfigError(str(error)) from error
     check_tiles(config, order)
-    if config.attention.sparse is not None and config.attention.sparse.budgets is not None:
-        Budgets.read(config.attention.sparse.budgets, config)
     if config.parallel.sequence_parallel and order.slots * train.micro_batch_rows % degrees.tensor:
         raise ConfigError(
             f"parallel.sequence_parallel divides a context rank's {order.slots * train.micro_batch_rows} tokens by "

@@ -55,7 +55,7 @@ class SparseAttention:
     def __init__(self, config: RunConfig, tensor_rank: int = 0) -> None:
         settings = config.attention.sparse
         assert settings is not None
-        self.settings, self.seed, self.length = settings, config.run.seed, config.train.sequence_length
+        self.settings, self.seed = settings, config.run.seed
         self.layers = settings.layers(config.model.layers, config.attention.window)
         self.budgets = None
         if settings.budgets is not None:
@@ -80,10 +80,10 @@ class SparseAttention:
         """Whether a step's selections are measured, too."""
         return step % self.settings.report_every == 0 or step == self.settings.dense_steps
 
-    def recall_rows(self, step: int) -> np.ndarray:
-        """Positions, ascending: the same on all ranks."""
+    def recall_rows(self, step: int, length: int) -> np.ndarray:
+        """Positions in rows of this length, ascending: the same on all ranks."""
         draw = np.random.default_rng((self.seed, step))
-        return np.sort(draw.choice(self.length, min(_RECALL_ROWS, self.length), replace=False))
+        return np.sort(draw.choice(length, min(_RECALL_ROWS, length), replace=False))
 
     def selectors(self, sights: Sequence[Sight | None]) -> list[Selector | None]:
         """For each layer, by what it sees; None for those that are always dense."""

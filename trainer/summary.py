@@ -24,7 +24,7 @@ def describe_start(
     config: RunConfig, preflight: Preflight, feed: Feed, step: int, report: Callable[[str], None]
 ) -> None:
     train, parallel = config.train, config.parallel
-    names = dict.fromkeys(chosen.name for chosen in feed.plans.values())
+    names = dict.fromkeys(chosen.name for sharing in feed.sharings.values() for chosen in sharing.plans.values())
     report(
         f"model {config.model.preset or 'of the configuration'}: {preflight.model.parameters():,} parameters | "
         f"mesh {preflight.degrees} | plan {' and '.join(names)}, order {parallel.order} | ZeRO {parallel.zero_stage}, "
@@ -35,16 +35,22 @@ def describe_start(
         if star.warning:
             report(f"warning: {star.warning}")
     if config.attention.window is not None:
-        layers = Counter(feed.arrangement.layers)
+        layers = Counter(feed.longest.arrangement.layers)
         kinds = [f"{count} of {layers.total()} see {seen.in_words}" for seen, count in layers.items()]
         report(f"layers: {', '.join(kinds)}")
-    for chosen in feed.plans.values():
-        if chosen.reason:
-            report(chosen.reason)
+    for length, sharing in feed.sharings.items():
+        for chosen in sharing.plans.values():
+            if chosen.reason:
+                report(chosen.reason if len(feed.sharings) == 1 else f"rows of {length:,}: {chosen.reason}")
+    rows = ", or ".join(
+        f"{train.tokens_per_step // length:,} rows of {length:,}"
+        + (f" (context {sharing.mesh.degrees.context})" if feed.mesh.narrower else "")
+        for length, sharing in feed.sharings.items()
+    )
     report(
-        f"step: {train.tokens_per_step:,} tokens = {train.rows_per_step} rows of {train.sequence_length:,} | "
-        f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents, "
-        f"{len(feed.steps.rows):,} rows | held out: {feed.heldout_rows} rows"
+        f"step: {train.tokens_per_step:,} tokens = {rows} | "
+        f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents | "
+        f"held out: {feed.heldout_rows} rows"
     )
     report(f"attention of the first batch: {_backends(config, feed, step)}")
 

@@ -29,6 +29,7 @@ from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
 from farspan.trainer.preflight import Preflight, check
 from farspan.trainer.process_group import start_process_group
+from farspan.trainer.row_length import narrower_contexts
 from farspan.trainer.run_lock import RunLock
 from farspan.trainer.stop import StopRequest
 from farspan.trainer.summary import describe_changes, describe_start, summarize
@@ -49,7 +50,8 @@ def run(config: RunConfig, resume: bool = True) -> None:
     device = start_process_group(config.parallel.timeout_seconds)
     # Handlers only now: a rank that waits for others, one of which was refused the lock, must end on SIGTERM.
     with StopRequest() as stop:
-        mesh = Mesh.create(preflight.degrees, device, outer_link=config.parallel.inner is not None)
+        outer_link = config.parallel.inner is not None
+        mesh = Mesh.create(preflight.degrees, device, outer_link, narrower_contexts(config))
         try:
             train_on(mesh, config, preflight, stop, resume, _reporter(rank))
         finally:
@@ -64,7 +66,7 @@ def train_on(
     """Trains on a mesh that exists; collective over all its ranks. `report` gets lines on every rank."""
     directory, leads = config.run.dir, dist.get_rank() == 0
     store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
-    state = RunState(store, config, preflight.model, str(mesh.degrees), preflight.prepared.fingerprint)
+    state = RunState(store, config, preflight.model, str(mesh.degrees), preflight.prepared)
     found = _find_checkpoint(store, state, mesh, resume)
     if leads:
         describe_changes(directory / "config.yaml", config, report)
@@ -81,7 +83,7 @@ def train_on(
     callbacks.append(Evaluation(config.eval.every))
     recording = Recording(directory, found.step if found else 0, report) if leads else None
     if feed.sparse is not None:
-        callbacks.append(Sparseness(feed.sparse, feed.arrangement.order(), recording))
+        callbacks.append(Sparseness(feed.sparse, recording))
     if recording is not None:
         callbacks.append(recording)
     callbacks.append(Saving(state, config.checkpoint.every, report))
@@ -92,11 +94,12 @@ def train_on(
     if not trainer.last_step:
         feed.look_ahead(trainer.step)
     describe_start(config, preflight, feed, trainer.step, report)
-    report(f"plan of the first batch verified: digest {feed.verify_plan(trainer.step)}")
+    report(f"plan of the first batch verified: digest {feed.verify_plans(trainer.step)}")
     trainer.train(stop)
     if recording is not None:
         recording.close()
         summarize(config, trainer.stopping, store, report)
+    feed.close()
     engine.close()
 
 

@@ -36,6 +36,7 @@ class StepRecord:
     step_seconds: float
     tokens_per_second: float
     sequence_length: int
+    context: int
     eval_loss: float | None = None
     further: dict[str, float] = field(default_factory=dict)
     """What callbacks measured besides, by name."""
@@ -103,15 +104,24 @@ class Trainer:
         rate = learning_rate(self.config.optimizer, self.step, train.steps)
         loss, norm = law.mean(total), self.engine.step(rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            first = (self.step - 1) * train.rows_per_step
+            samples = self.feed.steps.samples(step)
             raise NonFiniteError(
-                f"step {self.step} has loss {loss} and gradient norm {norm}; its samples are {first} to "
-                f"{first + train.rows_per_step - 1}. Nothing of it was saved: the last checkpoint is untouched"
+                f"step {self.step} has loss {loss} and gradient norm {norm}; its samples are {samples[0]} to "
+                f"{samples[-1]}. Nothing of it was saved: the last checkpoint is untouched"
             )
         self.tokens += law.valid_tokens
         seconds = time.perf_counter() - begin
+        sharing = self.feed.sharing_of_step(step)
         return StepRecord(
-            self.step, loss, self.tokens, norm, rate, seconds, law.valid_tokens / seconds, train.sequence_length
+            step=self.step,
+            loss=loss,
+            tokens=self.tokens,
+            grad_norm=norm,
+            learning_rate=rate,
+            step_seconds=seconds,
+            tokens_per_second=law.valid_tokens / seconds,
+            sequence_length=sharing.length,
+            context=sharing.mesh.degrees.context,
         )
 
     def _begin(self, step: int, training: bool) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
 
-from farspan.data.batch import StepRows, make_batch
-from farspan.data.corpus import Corpus
-from farspan.data.rows import Row, Rows
+from farspan.data.batch import make_batch
+from farspan.data.rows import Row
 from farspan.data.visibility import Visibility
 from farspan.parallel import orders
 
@@ -95,41 +93,3 @@ def test_across_documents_rotary_positions_do_not_restart() -> None:
 def test_a_rank_may_be_without_any_label() -> None:
     blind = Row(ROWS[0].tokens, np.full(LENGTH, -100), ROWS[0].cu_seqlens, ROWS[0].positions, 0)
     assert make_batch([blind], orders.zigzag(LENGTH, 2), 1).valid == 0
-
-
-# Which samples each data rank takes.
-
-
-@pytest.fixture
-def rows(corpus_of: Callable[[Sequence[Sequence[int]]], Corpus]) -> Rows:
-    """Eleven rows of 8 tokens that are all different."""
-    return Rows(corpus_of([range(start, min(start + 13, 90)) for start in range(0, 90, 13)]), 8, seed=1)
-
-
-@pytest.mark.parametrize("micro_batch_rows", [1, 2])
-@pytest.mark.parametrize("data", [1, 2, 4])
-def test_data_ranks_take_slices_of_one_sequence_of_samples(rows: Rows, data: int, micro_batch_rows: int) -> None:
-    steps = StepRows(rows, seed=6, rows_per_step=8, micro_batch_rows=micro_batch_rows, data=data)
-    assert steps.micro_batches == 8 // (data * micro_batch_rows)
-    taken = [
-        sample
-        for step in range(5)
-        for micro_batch in range(steps.micro_batches)
-        for rank in range(data)
-        for sample in steps.samples(step, micro_batch, rank)
-    ]
-    assert taken == list(range(40))
-    alone = StepRows(rows, seed=6, rows_per_step=8, micro_batch_rows=8, data=1)
-    for sample in taken:
-        assert np.array_equal(steps.row(sample).tokens, alone.row(sample).tokens)
-
-
-def test_every_epoch_takes_each_row_once_in_an_order_of_its_own(rows: Rows) -> None:
-    steps = StepRows(rows, seed=6, rows_per_step=4, micro_batch_rows=1, data=2)
-    size = len(rows)
-    epochs = [[int(steps.row(epoch * size + i).tokens[0]) for i in range(size)] for epoch in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == sorted(int(rows[i].tokens[0]) for i in range(size))
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = StepRows(rows, seed=7, rows_per_step=4, micro_batch_rows=1, data=2)
-    assert [int(other.row(i).tokens[0]) for i in range(size)] != epochs[0]

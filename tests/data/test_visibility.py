@@ -11,7 +11,7 @@ import torch
 from farspan.data.batch import make_batch
 from farspan.data.errors import DataError
 from farspan.data.rows import Row
-from farspan.data.visibility import Star, Visibility, Window
+from farspan.data.visibility import BY_DOCUMENT, Star, Visibility, Window
 from farspan.parallel import orders
 
 LENGTH, BLOCK, ANCHOR = 57, 6, 4
@@ -111,3 +111,15 @@ def test_labels_are_those_of_the_row() -> None:
 def test_text_alone_does_not_say_where_a_context_ends() -> None:
     with pytest.raises(DataError, match=r"attention.star.mode sft takes the end of each document's context from"):
         Visibility(star=star("sft")).mask([replace(ROWS[0], contexts=None)])
+
+
+def test_rows_of_the_same_documents_share_a_mask() -> None:
+    """As many as there are in a batch of short rows; one that differs is enough for a mask of each."""
+    whole, parts = (
+        Row(np.zeros(8, np.int64), np.zeros(8, np.int64), np.array(bounds), np.arange(8), 8)
+        for bounds in ([0, 8], [0, 3, 8])
+    )
+    assert BY_DOCUMENT.mask([whole] * 5).bounds[0].shape == (1, 8)
+    mixed = BY_DOCUMENT.mask([whole, whole, parts])
+    assert mixed.bounds[0].shape == (3, 8)
+    assert torch.equal(mixed.visible(slice(0, 8), slice(0, 8))[0], torch.ones(8, 8, dtype=torch.bool).tril())

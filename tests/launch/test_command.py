@@ -225,7 +225,46 @@ def test_prepare_without_its_sources(prepared: Path, launches: list[Any], capsys
     check_refused(arguments, "data.sources names 'nowhere'", prepared, launches, capsys)
 
 
+# data schedule
+
+DECOMPOSED = (
+    "data.method=decompose",
+    "data.decompose.shortest=16",
+    "parallel.context=2",
+    "parallel.tokens_per_rank=32",
+)
+
+
+def test_the_schedule_of_a_run(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "schedule", str(prepared / "config.yaml"), *DECOMPOSED, "train.steps=9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "9 steps of 256 tokens in 1 cycle, odds uniform, mixture natural, schedule random"
+    table = {row.split()[0]: row.split() for row in lines[2:5]}
+    assert {length: row[-1] for length, row in table.items()} == {"64": "2", "32": "1", "16": "1"}
+    assert sum(int(row[4]) for row in table.values()) == 9
+
+
+def test_rows_of_one_length_have_no_schedule(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "schedule", str(prepared / "config.yaml")]) == 2
+    assert "data.method concat makes rows of one length" in capsys.readouterr().err
+
+
+def test_a_schedule_is_not_drawn_into_nowhere(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    plot = str(prepared / "nowhere" / "schedule.png")
+    assert main(["data", "schedule", str(prepared / "config.yaml"), *DECOMPOSED, "--plot", plot]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 # plan
+
+
+def test_plan_has_a_line_on_each_shorter_length(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(prepared / "config.yaml"), *DECOMPOSED, "launch.processes=4"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 processes = data 2 x context 2 x tensor 1" in out
+    for length, rows in ((32, "1 row"), (16, "2 rows")):
+        assert f"rows {length} tokens: data 4 x context 1, {rows} in a micro-batch, ring, verified" in out
 
 
 def plan_lines(capsys: pytest.CaptureFixture[str], prepared: Path, *overrides: str) -> dict[str, str]:

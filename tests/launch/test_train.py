@@ -245,6 +245,23 @@ def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path: Path, p
     assert [row["step"] for row in run.rows()] == [1, 2]
 
 
+def test_rows_of_several_lengths_go_on_where_the_run_stands(tmp_path: Path, prepared: Path) -> None:
+    """With rows that other processes read, or none; but not over another curriculum."""
+    keys = ["data.method=decompose", "data.decompose.shortest=32", "curriculum.odds=grow_p2", "curriculum.cycles=2"]
+    keys += ["train.sequence_length=256", "train.tokens_per_step=512", "parallel.tokens_per_rank=128"]
+    whole, killed = Run(tmp_path / "whole", prepared), Run(tmp_path / "killed", prepared)
+    whole.train(*keys)
+    process = killed.start(*keys, "data.workers=2")
+    wait_for(lambda: len(killed.rows()) > EVERY)
+    kill_launcher(process)
+    _, err = killed.train(*keys, "curriculum.odds=uniform", code=2)
+    assert "curriculum.odds was [8.0, 4.0, 2.0, 1.0] and is [1.0, 1.0, 1.0, 1.0]; change that back" in err
+    out, _ = killed.train(*keys, "data.workers=1")
+    assert f"resumed from {killed.directory}/checkpoints/step_00000005 at step 5" in out
+    assert killed.values() == whole.values()
+    assert {row["sequence_length"]: row["context"] for row in whole.rows()} == {256: 2, 128: 1, 64: 1, 32: 1}
+
+
 def test_torchrun_runs_the_same_command(tmp_path: Path, prepared: Path, straight: Run) -> None:
     run = Run(tmp_path / "run", prepared)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -62,6 +62,46 @@ def groups(rank: int, world: int, data: int, context: int, tensor: int) -> dict[
         mesh.destroy()
 
 
+def narrower_groups(rank: int, world: int, data: int, context: int, tensor: int) -> dict[int, dict[str, Any]]:
+    """`groups` of a mesh's narrower ones, and what goes round in each: the sum of its ranks."""
+    from farspan.parallel.mesh import Mesh
+
+    narrower = [c for c in (1, 2, 4) if c < context]
+    mesh = Mesh.create(Degrees(data, context, tensor), torch.device("cpu"), outer_link=True, narrower=narrower)
+    found: dict[int, dict[str, Any]] = {}
+    try:
+        for degree in narrower:
+            narrow = mesh.with_context(degree)
+            found[degree] = {name: dist.get_process_group_ranks(getattr(narrow, name)) for name in GROUPS}
+            found[degree]["places"] = (narrow.data_rank, narrow.context_rank, narrow.tensor_rank)
+            found[degree]["degrees"] = str(narrow.degrees)
+            assert narrow.shard is mesh.shard
+            assert narrow.links["outer"] is not narrow.context
+            for group in (narrow.context, narrow.links["outer"], narrow.batch):
+                total = torch.tensor(float(rank))
+                dist.all_reduce(total, group=group)
+                assert total == sum(dist.get_process_group_ranks(group))
+        assert mesh.with_context(context) is mesh
+        return found
+    finally:
+        mesh.destroy()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("data", "context", "tensor"), [(1, 4, 1), (2, 2, 1), (1, 2, 2)])
+def test_narrower_meshes_are_of_the_same_ranks(pool: Pool, data: int, context: int, tensor: int) -> None:
+    """Ranks count tensor first, then context, then data, with each of the degrees."""
+    for rank, by_degree in enumerate(pool.run(4, narrower_groups, data, context, tensor)):
+        for degree, of_rank in by_degree.items():
+            t, c, d = rank % tensor, rank // tensor % degree, rank // tensor // degree
+            shard = [t + tensor * i for i in range(data * context)]
+            assert of_rank["places"] == (d, c, t)
+            assert of_rank["degrees"] == f"data {data * context // degree} x context {degree} x tensor {tensor}"
+            assert of_rank["context"] == shard[d * degree : (d + 1) * degree]
+            assert of_rank["batch"] == shard[c::degree]
+            assert sorted(of_rank["shard"]) == shard
+
+
 def check_groups(pool: Pool, data: int, context: int, tensor: int) -> list[dict[str, Any]]:
     """Against the sentence "ranks count tensor first, then context, then data"."""
     world = data * context * tensor

@@ -390,3 +390,43 @@ def test_a_configuration_cannot_be_changed(path: Path) -> None:
     config = load_config(path)
     with pytest.raises(ValueError, match="frozen"):
         config.train.steps = 3
+
+
+DECOMPOSED = ["data.method=decompose", "train.sequence_length=256", "train.tokens_per_step=1024", "train.steps=8"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.method=concat", "curriculum.cycles=2"],
+            "curriculum does nothing with data.method concat",
+        ),
+        (["data.method=concat", "data.decompose.shortest=16"], "data.decompose does nothing with data.method concat"),
+        (
+            ["train.sequence_length=384", "train.tokens_per_step=768"],
+            "sequence_length is 384, but data.method",
+        ),
+        (["data.decompose.shortest=100"], "the nearest are 64 and 128"),
+        (["data.decompose.shortest=512"], "data.decompose.shortest 512 is more than train.sequence_length 256"),
+        (["data.decompose.shortest=64", "curriculum.odds=grow_p3"], "is 'grow_p3', did you mean 'grow_p2'"),
+        (["data.decompose.shortest=64", "curriculum.odds=[1, 2]"], "curriculum.odds has 2 numbers, but there are 3"),
+        (["data.decompose.shortest=64", "curriculum.mixture=[1]"], "curriculum.mixture has 1 numbers, but there are 3"),
+        (["curriculum.cycles=3"], "curriculum.cycles 3 does not divide train.steps 8; the nearest that goes is 9"),
+        (["memory.keep_layers=auto"], "memory.keep_layers auto measures the first steps, and data.method decompose"),
+        (["attention.sparse.refresh=4"], "attention.sparse.refresh is for rows of one length"),
+        (["parallel.context=3", "parallel.tokens_per_rank=100"], "by a power of two of ranks; set it to 2 or 4"),
+        (
+            ["parallel.context=2", "parallel.tokens_per_rank=100"],
+            "over parallel.context 2 is more than parallel",
+        ),
+    ],
+)
+def test_what_rows_of_several_lengths_refuse(path: Path, overrides: list[str], message: str) -> None:
+    assert message in refusal(path, *DECOMPOSED, *overrides)
+
+
+def test_lengths_of_rows(path: Path) -> None:
+    assert load_config(path, [*DECOMPOSED, "data.decompose.shortest=64"]).row_lengths == (256, 128, 64)
+    assert load_config(path, [*DECOMPOSED]).row_lengths == (256,)
+    assert load_config(path, ["train.sequence_length=128", "train.tokens_per_step=128"]).row_lengths == (128,)

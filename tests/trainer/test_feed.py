@@ -187,7 +187,7 @@ def test_context_ranks_derive_the_same_plan_of_their_batch(prepared: Prepared, p
             assert prepared_plan.plan.name == plan
             assert prepared_plan.plan.heads == (4, 2)
             assert batch.group is feed.mesh.links
-            slots = feed.arrangement.order().slots
+            slots = feed.longest.arrangement.order().slots
             assert batch.tokens.shape == batch.labels.shape == batch.rotary_positions.shape == (2, slots)
     assert [len(found) for found in digests] == [1, 1]
 
@@ -200,13 +200,13 @@ def test_layers_have_the_plan_of_what_they_see(prepared: Prepared, monkeypatch: 
         "attention": {"window": {"width": 4, "full_layers": [1]}, "across_documents": True},
     }
     feed = feed_of(prepared, Degrees(1, 2, 1), 0, 0, **changes)
-    narrow, full = feed.arrangement.layers
+    narrow, full = feed.longest.arrangement.layers
     assert (narrow.window, full.window) == (Window(4), None)
     batch = feed.training_batches(0)[0]
     assert batch.masks[narrow].area() == 4 * LENGTH - 6
     assert batch.masks[full].area() == LENGTH * (LENGTH + 1) // 2
     for seen, made in zip((narrow, full), feed.decoder_input(batch).plans, strict=True):
-        reason = feed.plans[seen].reason
+        reason = feed.longest.plans[seen].reason
         assert reason is not None
         assert reason.startswith(f"for {seen.in_words}, parallel.plan auto is {made.plan.name}: ")
         verify(made.plan, batch.order, batch.masks[seen])

@@ -128,8 +128,9 @@ def test_tensorboard_shows_every_metric_under_its_group(tmp_path: Path) -> None:
         "speed/step_seconds",
         "speed/tokens_per_second",
         "data/sequence_length",
+        "data/context",
     ]
-    assert [scalars(tmp_path, tag)[7] for tag in tags] == [float(number) for number in range(8)]
+    assert [scalars(tmp_path, tag)[7] for tag in tags] == [float(number) for number in range(9)]
 
 
 def test_every_scalar_is_in_the_event_file_when_the_process_is_killed(tmp_path: Path) -> None:

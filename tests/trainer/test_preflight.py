@@ -158,3 +158,17 @@ def test_too_little_text_for_one_row(config_file: Path) -> None:
         assert f"train.sequence_length is {length}, but the " in message
         assert "split has only" in message
         assert ("data.heldout_fraction" in message) == (split == "heldout")
+
+
+def test_too_little_text_for_a_step_of_the_longest_rows(config_file: Path) -> None:
+    lengths = ("data.method=decompose", "train.sequence_length=8192", "train.tokens_per_step=524288")
+    message = refusal(config_file, 1, *lengths, "data.decompose.shortest=8192")
+    assert message.startswith("the text has ")
+    assert "rows of train.sequence_length 8192, and a step takes 64: lower train.sequence_length or" in message
+
+
+def test_every_length_is_checked(config_file: Path) -> None:
+    """Whole tiles for sparse attention: 128 tokens striped by 64 over two ranks have none."""
+    keys = ("data.method=decompose", "data.decompose.shortest=128", "train.sequence_length=1024")
+    keys += ("train.tokens_per_step=2048", "parallel.context=2", "parallel.order=striped", "parallel.stripe=64")
+    assert "attention.sparse with parallel.order striped: " in refusal(config_file, 2, *keys, "attention.sparse={}")

@@ -8,7 +8,6 @@ import torch
 from farspan.kernels.index import VerticalSlashIndex
 from farspan.parallel.balance import imbalance, stage_imbalance, step_imbalance
 from farspan.parallel.index_work import work
-from farspan.parallel.orders import Order
 from farspan.parallel.sieve import bytes_sent
 from farspan.trainer.callbacks.recording import Recording
 from farspan.trainer.sparse import Selected, SparseAttention, of_all_heads
@@ -18,15 +17,16 @@ from farspan.trainer.trainer import StepRecord, Trainer
 class Sparseness:
     """Adds to a step's record; comes before `Recording`, which is given on the rank that writes."""
 
-    def __init__(self, sparse: SparseAttention, order: Order, recording: Recording | None) -> None:
-        self.sparse, self.order, self.recording = sparse, order, recording
+    def __init__(self, sparse: SparseAttention, recording: Recording | None) -> None:
+        self.sparse, self.recording = sparse, recording
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         step = record.step - 1
         found = {layer: selected for layer, selected in self.sparse.newest.items() if selected.step == step}
-        if not found or trainer.mesh.data_rank or trainer.mesh.context_rank:  # the others selected the same, or alike
+        sharing = trainer.feed.sharing_of_step(step)
+        if not found or sharing.mesh.data_rank or sharing.mesh.context_rank:  # the others selected the same, or alike
             return
-        tensor = trainer.mesh.tensor
+        tensor, order = trainer.mesh.tensor, sharing.arrangement.order()
         density = of_all_heads(torch.stack([selected.index.density()[0] for selected in found.values()]), tensor)
         record.further["sparse_density"] = float(density.mean())
         indexes = [selected.index for selected in found.values()]
@@ -39,7 +39,7 @@ class Sparseness:
         if not recalls:
             return
         recall = of_all_heads(torch.stack(recalls), tensor)
-        pairs = np.stack([work(selected.index, self.order) for selected in found.values()])
+        pairs = np.stack([work(selected.index, order) for selected in found.values()])
         by_stage = of_all_heads(torch.from_numpy(pairs).to(density.device), tensor)
         record.further["sparse_recall"] = float(recall.mean())
         for layer, line, shares in zip(found, recall, by_stage.cpu().numpy()):
@@ -65,7 +65,7 @@ class Sparseness:
 
     def _traffic(self, trainer: Trainer, record: StepRecord, found: dict[int, Selected]) -> None:
         """Bytes that a sequence's ranks send for a layer, forward and backward, where it is keys and values alone."""
-        model, train = trainer.config.model, trainer.config.train
+        model, train = trainer.config.model, trainer.feed.sharing_of_step(record.step - 1).config.train
         rows, itemsize = train.micro_batch_rows, 2 if train.dtype == "bf16" else 4
         sent = {
             layer: bytes_sent(selected.sieve, selected.index, model.head_dim, rows, itemsize)

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from farspan.data.prepared import Prepared
 from farspan.models.config import ModelConfig
 from farspan.trainer.checkpoint.store import CheckpointStore, Found
 from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.decomposed import odds_of
 from farspan.trainer.trainer import Trainer
 
 
@@ -19,7 +21,7 @@ class RunState:
     """Saves a trainer to a store, and puts back what was saved on the same layout, bit for bit."""
 
     def __init__(
-        self, store: CheckpointStore, config: RunConfig, model: ModelConfig, layout: str, data_fingerprint: str
+        self, store: CheckpointStore, config: RunConfig, model: ModelConfig, layout: str, prepared: Prepared
     ) -> None:
         self.store, self.config = store, config
         # What must be the same for a resumed run to go on; the rest of the configuration may change.
@@ -28,10 +30,7 @@ class RunState:
             "parallel.zero_stage": config.parallel.zero_stage,
             "train.dtype": config.train.dtype,
             "model": model.model_dump(mode="json", exclude={"preset"}),
-            "data (fingerprint)": data_fingerprint,
-            "run.seed": config.run.seed,
-            "train.tokens_per_step": config.train.tokens_per_step,
-            "train.sequence_length": config.train.sequence_length,
+            **_samples_identity(config, prepared),
         }
 
     def save(self, trainer: Trainer) -> Path:
@@ -44,7 +43,6 @@ class RunState:
 
         state = {
             "tokens": trainer.tokens,
-            "samples": trainer.step * self.config.train.rows_per_step,
             "identity": self.identity,
             "torch": str(torch.__version__),
         }
@@ -53,11 +51,11 @@ class RunState:
     def check(self, found: Found) -> None:
         """ConfigError when the checkpoint is of another layout, model or order of samples, or of a later step than
         the last one."""
-        saved = _by_key(found.state["identity"])
+        saved, now = _by_key(found.state["identity"]), _by_key(self.identity)
         changes = [
-            f"{key} was {saved.get(key)} and is {now}"
-            for key, now in _by_key(self.identity).items()
-            if saved.get(key) != now
+            f"{key} was {saved.get(key)} and is {now.get(key)}"
+            for key in dict.fromkeys([*now, *saved])
+            if saved.get(key) != now.get(key)
         ]
         if changes:
             raise ConfigError(
@@ -76,6 +74,28 @@ class RunState:
         rank = torch.distributed.get_rank()
         _set_random_state(torch.load(found.path / f"random_{rank:05d}.pt", weights_only=False))
         trainer.step, trainer.tokens = found.step, int(found.state["tokens"])
+
+
+def _samples_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """All that the order of samples is a function of. How many ranks take them, and hold a row, is not among it."""
+    data, train = config.data, config.train
+    found: dict[str, Any] = {
+        "data (fingerprint)": prepared.fingerprint,
+        "data.tokenizer (sha256)": prepared.tokenizer_digest,
+        "run.seed": config.run.seed,
+        "train.tokens_per_step": train.tokens_per_step,
+        "train.sequence_length": train.sequence_length,
+        "data.method": data.method,
+    }
+    if data.method == "decompose":
+        found |= {f"data.decompose.{key}": value for key, value in data.decompose.model_dump().items()}
+        found |= {
+            "curriculum.odds": list(odds_of(config).values()),
+            "curriculum.mixture": config.curriculum.mixture,
+            "curriculum.schedule": config.curriculum.schedule,
+            "train.steps / curriculum.cycles": train.steps // config.curriculum.cycles,
+        }
+    return found
 
 
 def _by_key(identity: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from farspan.data.concatenated import ConcatRows
 from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
 from farspan.data.prepare import Prepared
-from farspan.data.rows import Rows
 
 WriteCorpus = Callable[[Sequence[Sequence[int]]], Corpus]
 
@@ -17,7 +17,7 @@ def _documents(lengths: Sequence[int]) -> list[list[int]]:
     return [[next(tokens) for _ in range(length)] for length in lengths]
 
 
-def _stream_order(rows: Rows, documents: Sequence[Sequence[int]]) -> list[int]:
+def _stream_order(rows: ConcatRows, documents: Sequence[Sequence[int]]) -> list[int]:
     """The order of the documents, read off their first tokens in the rows."""
     stream = [token for row in range(len(rows)) for token in rows[row].tokens.tolist()]
     owner = {token: number for number, document in enumerate(documents) for token in document}
@@ -32,7 +32,7 @@ def _stream_order(rows: Rows, documents: Sequence[Sequence[int]]) -> list[int]:
 )
 def test_rows_are_the_stream_cut_in_pieces(corpus_of: WriteCorpus, lengths: list[int], length: int) -> None:
     documents = _documents(lengths)
-    rows = Rows(corpus_of(documents), length, seed=4)
+    rows = ConcatRows(corpus_of(documents), length, seed=4)
     assert len(rows) == 100 // length
 
     # The whole stream, written down: token, label, and place within the document.
@@ -55,7 +55,7 @@ def test_rows_are_the_stream_cut_in_pieces(corpus_of: WriteCorpus, lengths: list
 
 
 def test_a_document_goes_on_in_the_next_row_with_its_true_label(corpus_of: WriteCorpus) -> None:
-    rows = Rows(corpus_of([[10, 11, 12, 13, 14]]), 2, seed=0)
+    rows = ConcatRows(corpus_of([[10, 11, 12, 13, 14]]), 2, seed=0)
     assert rows[0].labels.tolist() == [11, 12]
     assert rows[1].labels.tolist() == [13, 14]
     assert rows[1].positions.tolist() == [0, 1]
@@ -65,7 +65,7 @@ def test_a_document_goes_on_in_the_next_row_with_its_true_label(corpus_of: Write
 def test_the_order_of_documents_depends_on_the_seed_only(corpus_of: WriteCorpus) -> None:
     documents = _documents([5] * 30)
     corpus = corpus_of(documents)
-    orders = [_stream_order(Rows(corpus, 10, seed), documents) for seed in (1, 1, 2)]
+    orders = [_stream_order(ConcatRows(corpus, 10, seed), documents) for seed in (1, 1, 2)]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
     assert orders[0] != sorted(orders[0])
@@ -74,18 +74,18 @@ def test_the_order_of_documents_depends_on_the_seed_only(corpus_of: WriteCorpus)
 @pytest.mark.parametrize("row", [-1, 2])
 def test_rows_outside_are_refused(corpus_of: WriteCorpus, row: int) -> None:
     with pytest.raises(IndexError):
-        Rows(corpus_of([[1, 2, 3, 4, 5]]), 2, seed=0)[row]
+        ConcatRows(corpus_of([[1, 2, 3, 4, 5]]), 2, seed=0)[row]
 
 
 def test_too_little_text_for_one_row_is_refused(corpus_of: WriteCorpus) -> None:
     corpus = corpus_of([[1, 2], [3]])
-    assert len(Rows(corpus, 3, seed=0)) == 1
+    assert len(ConcatRows(corpus, 3, seed=0)) == 1
     with pytest.raises(DataError, match=r"train\.sequence_length is 4, but the train split has only 3 tokens"):
-        Rows(corpus, 4, seed=0)
+        ConcatRows(corpus, 4, seed=0)
 
 
 def test_rows_of_prepared_text_end_documents_with_eod(prepared: Prepared) -> None:
-    rows = Rows(Corpus(prepared, "train"), 512, seed=0)
+    rows = ConcatRows(Corpus(prepared, "train"), 512, seed=0)
     row = rows[len(rows) // 2]
     assert np.array_equal(row.labels == -100, row.tokens == prepared.eod)
     inner = row.cu_seqlens[1:-1]
