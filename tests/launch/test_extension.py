@@ -1,0 +1,89 @@
+"""A run that begins with another one's weights: longer rows, learnt with dense and with sparse attention."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.corpus import prepare_small
+
+pytestmark = pytest.mark.distributed
+
+
+def farspan(*words: str, code: int = 0) -> str:
+    command = [sys.executable, "-m", "farspan.launch.command", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, (done.stdout, done.stderr)
+    return done.stdout + done.stderr
+
+
+def config(folder: Path, name: str, length: int, steps: int, **sections: Any) -> str:
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder / name), "seed": 3},
+        "launch": {"processes": 1},
+        "model": {
+            "hidden_size": 64,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 16,
+            "feed_forward_size": 128,
+            "rotary_theta": 10_000.0,
+        },
+        "data": {"sources": ["unused"], "directory": str(folder / "prepared")},
+        "train": {"steps": steps, "sequence_length": length, "tokens_per_step": 2048, "dtype": "fp32"},
+        "parallel": {"plan": "single", "order": "contiguous"},
+        "attention": {"across_documents": True},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
+        "eval": {"rows": 4},
+        "checkpoint": {"every": 1000},
+    }
+    for section, keys in sections.items():
+        tree[section] = {**tree[section], **keys}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    return str(folder / f"{name}.yaml")
+
+
+def last(folder: Path) -> dict[str, float]:
+    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return row
+
+
+@pytest.mark.full
+def test_sparse_attention_extends_a_context_as_dense_attention_does(tmp_path: Path) -> None:
+    """`benchmarks/extension.py`, small: from the same weights over the same tokens, held-out losses within 1 %."""
+    prepare_small(tmp_path).rename(tmp_path / "prepared")
+    farspan("train", config(tmp_path, "short", 256, 60))
+    begun = {"run": {"dir": "", "weights_from": str(tmp_path / "short")}, "model": {"rotary_theta": 80_000.0}}
+    for name, attention in (("dense", {}), ("sparse", {"sparse": {"mass": 0.9, "report_every": 5}})):
+        begun["run"]["dir"] = str(tmp_path / name)
+        said = farspan("train", config(tmp_path, name, 1024, 20, **begun, attention=attention))
+        assert f"training begins with the weights of {tmp_path / 'short'}" in said
+    short, dense, sparse = (last(tmp_path / name) for name in ("short", "dense", "sparse"))
+    print(f"held-out: short {short['eval_loss']:.4f}, dense {dense['eval_loss']:.4f}, sparse {sparse['eval_loss']:.4f}")
+    assert dense["eval_loss"] < short["eval_loss"]
+    assert abs(sparse["eval_loss"] / dense["eval_loss"] - 1) < 0.01
+    assert 0 < sparse["sparse_density"] < 1
+
+
+def test_weights_of_no_run_or_of_another_model_are_refused(tmp_path: Path) -> None:
+    prepare_small(tmp_path).rename(tmp_path / "prepared")
+    farspan("train", config(tmp_path, "short", 256, 1))
+    path = config(tmp_path, "long", 512, 1, run={"dir": str(tmp_path / "long"), "weights_from": str(tmp_path)})
+    assert "there is no checkpoint to take weights from" in farspan("train", path, code=2)
+    path = config(
+        tmp_path,
+        "long",
+        512,
+        1,
+        run={"dir": str(tmp_path / "long"), "weights_from": str(tmp_path / "short")},
+        model={"feed_forward_size": 256, "rotary_theta": 50_000.0},
+    )
+    said = farspan("train", path, code=2)
+    assert "model.feed_forward_size was 128 and is 256" in said
+    assert "rotary_theta" not in said
