@@ -131,14 +131,18 @@ def prepare(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     data = config.data
     prepared = prepare_data(
-        data.sources,
+        [source.listed() for source in data.sources],
         data.directory,
         tokenizer=data.tokenizer,
         vocabulary_size=data.vocabulary_size,
         heldout_fraction=data.heldout_fraction,
         seed=config.run.seed,
+        end_of_document=data.end_of_document,
+        drop_invalid=data.drop_invalid,
+        max_record_bytes=data.max_record_bytes,
         processes=data.processes,
         report=lambda line: print(line, flush=True),
+        terminal=sys.stderr if sys.stderr.isatty() else None,
     )
     for shortage in short_splits(config, prepared):
         print(f"warning: {shortage}")
