@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from farspan.data.errors import DataError
 from farspan.data.heldout import HeldOut
 from farspan.data.indexed import token_dtype
-from farspan.data.readers import Piece, Position, read_source
+from farspan.data.pieces import Piece, Position, read_source
 from farspan.data.sources import Listing, Source
 from farspan.data.texts import UnusableError, content_of, refuse
 from farspan.data.tokenizers import AnyTokenizer, open_tokenizer

@@ -17,7 +17,7 @@ _KEYS = {
     "documents": "documents in data.sources",
     "seed": "run.seed",
     "heldout_fraction": "data.heldout_fraction",
-    "tokenizer": "data.vocabulary_size, data.tokenizer or data.end_of_document",
+    "tokenizer": "data.vocabulary_size or data.tokenizer",
     "longest_record": "data.drop_invalid or data.max_record_bytes",
 }
 Inputs = Mapping[str, object]

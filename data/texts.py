@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farspan.data.errors import DataError
-from farspan.data.readers import Piece, Position, TooLong, read_source
+from farspan.data.pieces import Piece, Position, TooLong, read_source
 from farspan.data.sources import Listing, Source
 
 EMPTY = "empty"
