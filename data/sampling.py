@@ -54,6 +54,20 @@ def shuffled(size: int, seed: int) -> NDArray[np.int64]:
     return np.argsort(words, kind="stable")
 
 
+def random_words(seed: int, stream: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Word number `place` of each of many streams, which are numbered too; the two are broadcast against each other."""
+    golden = np.uint64(_GOLDEN)
+    start = _mix_all(np.uint64(_mix(seed & _WORD)) + golden * stream.astype(np.uint64))
+    return _mix_all(start + golden * place.astype(np.uint64))
+
+
+def _mix_all(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`_mix` of each word."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
 def _mix(word: int) -> int:
     """The finaliser of SplitMix64 on a 64-bit word."""
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
