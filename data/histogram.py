@@ -1,6 +1,5 @@
 """How long documents are, by powers of two."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,15 +56,3 @@ class Histogram:
             bar = "#" * round(_BAR * tokens / most)
             lines.append(f"{bounds:>23} {self.documents[row]:>12,} {tokens:>16,} {done / total:>10.1%} {bar}")
         return lines
-
-
-def quantiles(lengths: NDArray[np.int64], shares: Sequence[float]) -> list[tuple[int, int]]:
-    """For each share: the length up to which so many of the documents are, and so many of the tokens."""
-    ordered = np.sort(lengths)
-    tokens = np.cumsum(ordered)
-    found = []
-    for share in shares:
-        of_documents = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-        of_tokens = ordered[min(len(ordered) - 1, int(np.searchsorted(tokens, share * tokens[-1])))]
-        found.append((int(of_documents), int(of_tokens)))
-    return found

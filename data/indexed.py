@@ -100,6 +100,13 @@ class TokenFile:
         first = int(self._starts[document])
         return np.asarray(self._tokens[first + start : first + stop]).astype(np.int64)
 
+    def last_tokens(self) -> NDArray[np.integer]:
+        """The last token of each document, [documents]; -1 for one without tokens."""
+        if not len(self._tokens):
+            return np.full(len(self.lengths), -1)
+        last: NDArray[np.integer] = self._tokens[np.maximum(self._starts[1:] - 1, 0)]
+        return np.where(self.lengths > 0, last.astype(np.int64), -1)
+
     def chunks(self, tokens: int) -> Iterator[NDArray[np.integer]]:
         """All tokens in the order of the file, at most so many at a time."""
         for first in range(0, len(self._tokens), tokens):

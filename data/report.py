@@ -79,6 +79,12 @@ def write_report(report: Mapping[str, Any], documents: Mapping[str, NDArray[np.i
     return text
 
 
+def read_report(folder: Path) -> list[str]:
+    """The table of sources that `write_report` has left in a folder; nothing where it was removed."""
+    path = folder / REPORT
+    return lines(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+
+
 def check_plot(path: Path) -> None:
     """DataError unless a picture can be drawn there."""
     if find_spec("matplotlib") is None:

@@ -24,8 +24,8 @@ from farspan.data.encoding import Encoded, Portion
 from farspan.data.errors import DataError
 from farspan.data.files import write_whole
 from farspan.data.indexed import LONGEST_DOCUMENT
-from farspan.data.prepared import SPLITS
 from farspan.data.pieces import Position
+from farspan.data.prepared import SPLITS
 
 _SECONDS = 2.0  # between two journals: what a kill can cost
 _WORK = "work"

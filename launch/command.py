@@ -298,6 +298,13 @@ def _parser() -> argparse.ArgumentParser:
     calibration.add_arguments(measuring)
     measuring.set_defaults(verb=calibrate, overrides=[])
 
+    from farspan.launch import data
+
+    describing = verbs.add_parser("data", help="Describe, show or verify prepared data.")
+    data.add_data_verbs(describing.add_subparsers(required=True, metavar="ACTION"))
+    tokenizing = verbs.add_parser("tokenizer", help="Train a tokenizer.")
+    data.add_tokenizer_verbs(tokenizing.add_subparsers(required=True, metavar="ACTION"))
+
     checkpoints = verbs.add_parser("checkpoint", help="List or verify checkpoints.")
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="Steps, tokens and sizes of a run's checkpoints.")
