@@ -127,7 +127,9 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[np.dtype, int, int]:
 
 
 def _read(file: BinaryIO, path: Path, dtype: np.dtype, count: int) -> NDArray[np.int64]:
-    values = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-    if len(values) < count:
-        raise DataError(f"{path} is cut: {count:,} entries were expected and {len(values):,} are there.")
-    return values
+    content = file.read(count * dtype.itemsize)
+    if len(content) < count * dtype.itemsize:
+        raise DataError(
+            f"{path} is cut: {count:,} entries were expected and {len(content) // dtype.itemsize:,} are there."
+        )
+    return np.frombuffer(content, dtype)

@@ -132,6 +132,11 @@ def _files_of(source: Source) -> Iterator[InputFile]:
                 f"data.sources: {source.label} is no folder of text files, and only these go with as_one_document."
             )
         yield _input(path, path.name, kind)
+    elif path.is_dir() and _prefix(path) is not None:
+        raise DataError(
+            f"data.sources names {source.path!r}, which is a folder, and tokens are in {path.name}.bin beside it: "
+            f"name {source.path}.bin, or move one of the two."
+        )
     elif path.is_dir():
         yield from _folder(path, source)
     elif (prefix := _prefix(path)) is not None:
