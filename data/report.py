@@ -106,14 +106,14 @@ def plot_lengths(lengths: NDArray[np.int64], path: Path) -> None:
     rows = np.arange(histogram.first, len(histogram.documents))
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     counts, shares = figure.subplots(1, 2)
-    for offset, name, values in ((-0.2, "documents", histogram.documents), (0.2, "tokens", histogram.tokens)):
+    for offset, name, values in ((0.3, "documents", histogram.documents), (0.7, "tokens", histogram.tokens)):
         share = values[rows] / max(1, values.sum())
         counts.bar(rows + offset, share, 0.4, label=name)
         shares.plot(rows + 1, np.cumsum(share), marker="o", label=name)
     for axes, words in ((counts, "share in documents of this length"), (shares, "share in shorter documents")):
-        axes.set(xlabel="tokens a document", ylabel=words, ylim=(0, 1.02))
+        axes.set(xlabel="tokens a document", ylabel=words)
         marks = np.arange(histogram.first, len(histogram.documents) + 1)
-        axes.set_xticks(marks, [_short(1 << int(row)) for row in marks])
+        axes.set_xticks(marks, [_short(1 << int(row)) for row in marks], fontsize="small")
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path)

@@ -79,10 +79,9 @@ def test_what_the_file_adds_or_cuts_by_itself_is_left_out(path: Path, tmp_path: 
     )
     changed.save(str(tmp_path / "tokenizer.json"))
     text = "some words that are more than eight tokens, and then some"
-    assert (
-        HuggingFaceTokenizer(tmp_path / "tokenizer.json").encode(text).tolist()
-        == changed.encode(text, add_special_tokens=False).ids[:8] + HuggingFaceTokenizer(path).encode(text).tolist()[8:]
-    )
+    ids = HuggingFaceTokenizer(tmp_path / "tokenizer.json").encode(text).tolist()
+    assert ids == HuggingFaceTokenizer(path).encode(text).tolist()
+    assert len(changed.encode(text).ids) == 16 != len(ids)
 
 
 def test_a_normaliser_of_unicode_is_allowed(path: Path, tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def test_the_end_of_documents_can_be_named(path: Path, tmp_path: Path) -> None:
         HuggingFaceTokenizer(path, "<x>")
     for special, words in (["<|end|>"], "no usual token"), (["</s>", "<eos>"], "</s> and <eos>"), ([], "it has none"):
         _train(tmp_path / "tokenizer.json", special)
-        with pytest.raises(DataError, match=rf"{words}.*|.*{words}"):
+        with pytest.raises(DataError, match=words):
             HuggingFaceTokenizer(tmp_path / "tokenizer.json")
 
 
