@@ -3,6 +3,8 @@
 A document is read whole, or in pieces when it is long, so that memory does not grow with the files.
 """
 
+from __future__ import annotations
+
 import gzip
 import io
 import zlib
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ from farspan.data.errors import DataError
 from farspan.data.indexed import TokenFile
 from farspan.data.segments import last_cut
 from farspan.data.sources import InputFile, Kind, Listing
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _PIECE = 1 << 19  # bytes of a long text that are read at once, and tokens of a long document
 _ROWS = 64  # rows of a table that are decoded at once
@@ -158,7 +163,7 @@ def _rows(file: InputFile, start: Position, text_key: str, longest: int) -> Iter
     file.check_unchanged()
 
 
-def _columns(file: InputFile, skip: int, text_key: str) -> Iterator[tuple["pyarrow.Array", int]]:  # type: ignore[name-defined] # noqa: F821
+def _columns(file: InputFile, skip: int, text_key: str) -> Iterator[tuple[pyarrow.Array, int]]:
     """A table's texts, some rows at a time, and the number of all its rows; the first `skip` rows are left out."""
     _need_pyarrow(file.path)
     import pyarrow
@@ -189,7 +194,7 @@ def _columns(file: InputFile, skip: int, text_key: str) -> Iterator[tuple["pyarr
             yield left, rows
 
 
-def _check_column(file: InputFile, schema: "pyarrow.Schema", text_key: str) -> None:  # type: ignore[name-defined] # noqa: F821
+def _check_column(file: InputFile, schema: pyarrow.Schema, text_key: str) -> None:
     import pyarrow
 
     if text_key not in schema.names:

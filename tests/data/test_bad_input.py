@@ -181,3 +181,30 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path: Path, prepar
     made = _prepare(tmp_path / "a.jsonl", tmp_path / "other", prepared, heldout_fraction=0.01)
     for name in ("train.bin", "train.idx", "heldout.bin", "dataset.json", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (made.directory / name).read_bytes()
+
+
+_MEASURED = """
+import resource, sys
+from pathlib import Path
+from farspan.data.errors import DataError
+from farspan.data.prepare import prepare
+try:
+    source, directory, tokenizer = (Path(word) for word in sys.argv[1:])
+    prepare([str(source)], directory, tokenizer=tokenizer, vocabulary_size=1, heldout_fraction=0.1, seed=0)
+except DataError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.full
+def test_a_line_of_a_gigabyte_is_refused_in_little_memory(tmp_path: Path, prepared: Prepared) -> None:
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.write(b"\n".join(GOOD) + b"\n")
+        file.truncate(1 << 30)  # one line of zeros, which take no room on the disk
+    arguments = [str(tmp_path / "a.jsonl"), str(tmp_path / "out"), str(prepared.tokenizer_path)]
+    done = subprocess.run([sys.executable, "-c", _MEASURED, *arguments], capture_output=True, text=True, check=True)
+    *_, refusal, peak = done.stdout.splitlines()
+    assert refusal.startswith("a.jsonl:41 of ")
+    assert "is longer than 67,108,864 bytes (data.max_record_bytes)" in refusal
+    assert int(peak) < 400  # MiB: torch is not loaded, and a record may be held twice
