@@ -3,16 +3,13 @@
 A document is read whole, or in pieces when it is long, so that memory does not grow with the files.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +18,9 @@ from farspan.data.errors import DataError
 from farspan.data.indexed import TokenFile
 from farspan.data.segments import last_cut
 from farspan.data.sources import InputFile, Kind, Listing
-
-if TYPE_CHECKING:
-    import pyarrow
+from farspan.data.tables import columns, need_pyarrow
 
 _PIECE = 1 << 19  # bytes of a long text that are read at once, and tokens of a long document
-_ROWS = 64  # rows of a table that are decoded at once
 
 
 class Position(NamedTuple):
@@ -154,60 +148,13 @@ def _lines(file: InputFile, start: Position, longest: int) -> Iterator[Piece]:
 def _rows(file: InputFile, start: Position, text_key: str, longest: int) -> Iterator[Piece]:
     file.check_unchanged()
     number = start.records
-    for column, rows in _columns(file, start.records, text_key):
+    for column, rows in columns(file, start.records, text_key):
         for text in column.to_pylist():
             number += 1
             content = TooLong(longest) if text is not None and len(text) > longest else text
             name, position = f"{file.name}:{number - 1}", Position(start.files, number)
             yield Piece(file.kind, name, content, True, True, position, file.size * number // rows)
     file.check_unchanged()
-
-
-def _columns(file: InputFile, skip: int, text_key: str) -> Iterator[tuple[pyarrow.Array, int]]:
-    """A table's texts, some rows at a time, and the number of all its rows; the first `skip` rows are left out."""
-    _need_pyarrow(file.path)
-    import pyarrow
-    import pyarrow.parquet
-
-    if file.kind == "parquet":
-        # Not a whole row group at once: these can be gigabytes.
-        table = pyarrow.parquet.ParquetFile(file.path, buffer_size=_PIECE, pre_buffer=False)
-        _check_column(file, table.schema_arrow, text_key)
-        rows = table.metadata.num_rows
-        groups: list[int] = []
-        for group in range(table.num_row_groups):
-            if skip >= (size := table.metadata.row_group(group).num_rows) and not groups:
-                skip -= size
-            else:
-                groups.append(group)
-        batches = table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=[text_key]) if groups else iter(())
-    else:
-        with pyarrow.memory_map(str(file.path)) as mapped:
-            rows = sum(len(batch) for batch in pyarrow.ipc.open_stream(mapped))
-        stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file.path)))
-        _check_column(file, stream.schema, text_key)
-        batches = (batch.slice(first, _ROWS) for batch in stream for first in range(0, len(batch), _ROWS))
-    for batch in batches:
-        column = batch.column(text_key)
-        left, skip = column.slice(min(skip, len(column))), max(0, skip - len(column))
-        if len(left):
-            yield left, rows
-
-
-def _check_column(file: InputFile, schema: pyarrow.Schema, text_key: str) -> None:
-    import pyarrow
-
-    if text_key not in schema.names:
-        raise DataError(
-            f"{file.path} of data.sources has no column {text_key!r}, but {', '.join(schema.names)}: name the one "
-            "that holds the text in the source's text_key."
-        )
-    kind = schema.field(text_key).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise DataError(
-            f"{file.path} of data.sources has {kind} in its column {text_key!r}, and not text: name another one in "
-            "the source's text_key."
-        )
 
 
 def _tokens(file: InputFile, start: Position) -> Iterator[Piece]:
@@ -238,7 +185,7 @@ def _decompressed(raw: BinaryIO, path: Path) -> Iterator[io.BufferedIOBase]:
     if path.suffix == ".gz":
         yield gzip.GzipFile(fileobj=raw)
     elif path.suffix == ".zst":
-        _need_pyarrow(path)
+        need_pyarrow(path)
         import pyarrow
 
         yield io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), _PIECE)
@@ -252,11 +199,6 @@ def _skip(content: io.BufferedIOBase, offset: int) -> None:
         if not block:
             return
         offset -= len(block)
-
-
-def _need_pyarrow(path: Path) -> None:
-    if find_spec("pyarrow") is None:
-        raise DataError(f"{path} of data.sources needs the package pyarrow: pip install 'farspan[data]'.")
 
 
 @contextmanager

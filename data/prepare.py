@@ -4,7 +4,6 @@ import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,13 +12,13 @@ from farspan.data.errors import DataError
 from farspan.data.files import write_whole
 from farspan.data.heldout import HeldOut, choose_heldout
 from farspan.data.indexed import token_dtype, write_index
+from farspan.data.job import Job
 from farspan.data.lock import one_writer
 from farspan.data.prepared import DESCRIPTION, FORMAT_VERSION, SPLITS, Prepared, describe_file, load_prepared
 from farspan.data.progress import Progress
 from farspan.data.publish import begin, digest, partial_folder, present, publish
 from farspan.data.report import describe, write_report
-from farspan.data.sources import MAX_RECORD_BYTES, Listing, Source, hash_files, list_sources
-from farspan.data.texts import Text, read_texts
+from farspan.data.sources import MAX_RECORD_BYTES, Source, hash_files, list_sources
 from farspan.data.tokenizer import train_tokenizer
 from farspan.data.tokenizers import AnyTokenizer, open_tokenizer
 from farspan.data.unfinished import Unfinished
@@ -27,33 +26,6 @@ from farspan.data.unfinished import Unfinished
 __all__ = ["Prepared", "load_prepared", "prepare"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True)
-class _Job:
-    listings: Sequence[Listing]
-    tokenizer: Path | None
-    vocabulary_size: int
-    end_of_document: str | None
-    heldout_fraction: float
-    seed: int
-    drop_invalid: bool
-    max_record_bytes: int
-    processes: int
-    report: Callable[[str], None]
-    terminal: TextIO | None
-
-    def texts(self) -> Iterator[Text]:
-        return read_texts(self.listings, self.max_record_bytes, self.drop_invalid)
-
-    @property
-    def size(self) -> int:
-        return sum(listing.size for listing in self.listings)
-
-    @property
-    def tokenizer_name(self) -> str:
-        huggingface = self.tokenizer is not None and self.tokenizer.suffix == ".json"
-        return "tokenizer.json" if huggingface else "tokenizer.model"
 
 
 def prepare(
@@ -91,7 +63,7 @@ def prepare(
     """
     listings = list_sources(sources)
     reading = Progress("reading", sum(listing.size for listing in listings), report, terminal)
-    job = _Job(
+    job = Job(
         listings=hash_files(listings, reading.add),
         tokenizer=tokenizer,
         vocabulary_size=vocabulary_size,
@@ -105,7 +77,7 @@ def prepare(
         terminal=terminal,
     )
     reading.end()
-    inputs = _inputs(job)
+    inputs = job.inputs()
     prepared = present(directory, inputs)
     if prepared is not None:
         report(f"{directory} already holds these documents, prepared. Nothing to do.")
@@ -128,39 +100,7 @@ def prepare(
     return prepared
 
 
-def _inputs(job: _Job) -> dict[str, object]:
-    """All that decides what the files will hold."""
-    if job.tokenizer is not None:
-        opened = open_tokenizer(job.tokenizer, job.end_of_document)
-        tokenizer = f"{opened.digest}, documents end with {opened.end_of_document}"
-    elif job.end_of_document is not None:
-        raise DataError("data.end_of_document is a piece of a tokenizer that is given: set data.tokenizer as well.")
-    else:
-        tokenizer = f"trained, {job.vocabulary_size} pieces"
-        for listing in job.listings:
-            if any(file.kind == "tokens" for file in listing.files):
-                raise DataError(
-                    f"data.sources: {listing.name} holds tokens already: set data.tokenizer to the one that made them."
-                )
-    documents = [
-        [
-            listing.source.name,
-            listing.source.text_key,
-            listing.source.as_one_document,
-            [[file.name, file.size, file.digest] for file in listing.files],
-        ]
-        for listing in job.listings
-    ]
-    return {
-        "documents": digest(documents),
-        "seed": job.seed,
-        "heldout_fraction": job.heldout_fraction,
-        "tokenizer": tokenizer,
-        "longest_record": job.max_record_bytes if job.drop_invalid else None,
-    }
-
-
-def _fill(partial: Path, job: _Job, inputs: dict[str, object]) -> None:
+def _fill(partial: Path, job: Job, inputs: dict[str, object]) -> None:
     """Writes what is not there yet, and the description last."""
     files = sum(len(listing.files) for listing in job.listings)
     job.report(f"{files:,} files, {job.size / 1e6:,.1f} MB")
@@ -175,7 +115,7 @@ def _fill(partial: Path, job: _Job, inputs: dict[str, object]) -> None:
         unfinished.close()
 
 
-def _tokenizer(path: Path, job: _Job, heldout: HeldOut) -> AnyTokenizer:
+def _tokenizer(path: Path, job: Job, heldout: HeldOut) -> AnyTokenizer:
     if not path.is_file() and job.tokenizer is not None:
         write_whole(path, job.tokenizer.read_bytes())
     elif not path.is_file():
@@ -186,7 +126,7 @@ def _tokenizer(path: Path, job: _Job, heldout: HeldOut) -> AnyTokenizer:
     return open_tokenizer(path, job.end_of_document)
 
 
-def _encode(unfinished: Unfinished, job: _Job, path: Path, tokenizer: AnyTokenizer, heldout: HeldOut) -> None:
+def _encode(unfinished: Unfinished, job: Job, path: Path, tokenizer: AnyTokenizer, heldout: HeldOut) -> None:
     sources = tuple(listing.source for listing in job.listings)
     encoder = Encoder(path, tokenizer.digest, job.end_of_document, sources, heldout, job.drop_invalid)
     before = [sum(listing.size for listing in job.listings[:number]) for number in range(len(sources))]
@@ -203,7 +143,7 @@ def _encode(unfinished: Unfinished, job: _Job, path: Path, tokenizer: AnyTokeniz
     unfinished.finish(len(sources))
 
 
-def _describe(unfinished: Unfinished, job: _Job, inputs: dict[str, object], tokenizer: AnyTokenizer) -> None:
+def _describe(unfinished: Unfinished, job: Job, inputs: dict[str, object], tokenizer: AnyTokenizer) -> None:
     """The indexes, the report, and last of all what the directory is known by."""
     folder = unfinished.folder
     documents = {split: unfinished.documents(split) for split in SPLITS}

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from farspan.data import pieces
+from farspan.data import pieces, tables
 from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
 from farspan.data.pieces import Position, read_source
@@ -202,7 +202,7 @@ def test_a_field_without_text_is_refused_with_what_there_is(tmp_path: Path, kind
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_what_needs_pyarrow_says_how_to_install_it(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _store(kind, tmp_path, TEXTS)
-    monkeypatch.setattr(pieces, "find_spec", lambda name: None)
+    monkeypatch.setattr(tables, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"needs the package pyarrow: pip install 'farspan\[data\]'"):
         _read(str(path))
 
