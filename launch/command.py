@@ -298,12 +298,13 @@ def _parser() -> argparse.ArgumentParser:
     calibration.add_arguments(measuring)
     measuring.set_defaults(verb=calibrate, overrides=[])
 
-    from farspan.launch import data
+    from farspan.launch import data as data_verbs
 
-    describing = verbs.add_parser("data", help="Describe, show or verify prepared data.")
-    data.add_data_verbs(describing.add_subparsers(required=True, metavar="ACTION"))
+    data = verbs.add_parser("data", help="Look at what training reads.")
+    looks = data.add_subparsers(required=True, metavar="ACTION")
+    data_verbs.add_data_verbs(looks)
     tokenizing = verbs.add_parser("tokenizer", help="Train a tokenizer.")
-    data.add_tokenizer_verbs(tokenizing.add_subparsers(required=True, metavar="ACTION"))
+    data_verbs.add_tokenizer_verbs(tokenizing.add_subparsers(required=True, metavar="ACTION"))
 
     checkpoints = verbs.add_parser("checkpoint", help="List or verify checkpoints.")
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")

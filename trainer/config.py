@@ -96,6 +96,11 @@ class DataSection(_Section):
     library. With more to say, an entry is a section."""
     directory: Path
     """Where `farspan prepare` writes the encoded text and where training reads it."""
+    drop_invalid: bool = False
+    """Whether documents that are no UTF-8, no JSON, without text or too long are left out and counted, not refused."""
+    max_record_bytes: int = Field(MAX_RECORD_BYTES, gt=0)
+    """The longest line of a `.jsonl` file, row of a table, or stretch of a text file without a space; each process may
+    hold several of that size."""
     tokenizer: Path | None = None
     """A SentencePiece model, or a Hugging Face `tokenizer.json`; one is trained on the sources when not given."""
     end_of_document: str | None = None
@@ -106,11 +111,6 @@ class DataSection(_Section):
     """Share of the documents that are kept for evaluation; at least one of them is."""
     processes: int = Field(1, gt=0)
     """Processes that encode text during `farspan prepare`."""
-    drop_invalid: bool = False
-    """Whether documents that are no UTF-8, no JSON, without text or too long are left out and counted, not refused."""
-    max_record_bytes: int = Field(MAX_RECORD_BYTES, gt=0)
-    """The longest line of a `.jsonl` file, row of a table, or stretch of a text file without a space; each process may
-    hold several of that size."""
 
 
 class TrainSection(_Section):
