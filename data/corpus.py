@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from farspan.data.indexed import TokenFile
 from farspan.data.prepared import Prepared
 
 Split = Literal["train", "heldout"]
@@ -17,16 +18,10 @@ class Corpus:
     """
 
     def __init__(self, prepared: Prepared, split: Split) -> None:
-        # Imported here: it takes seconds, as it brings the whole of Megatron Core with it.
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         self.split: Split = split
-        self._dataset = IndexedDataset(str(prepared.directory / split))
-        self.lengths: NDArray[np.int64] = self._dataset.sequence_lengths.astype(np.int64)
+        self._file = TokenFile(prepared.directory / split)
+        self.lengths: NDArray[np.int64] = self._file.lengths
 
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens `start` to `stop` (half-open) of a document, int64 [stop - start]. Raises IndexError outside of it."""
-        if not 0 <= start <= stop <= self.lengths[document]:
-            raise IndexError(f"Document {document} has {self.lengths[document]} tokens, not {start} to {stop}.")
-        tokens: NDArray[np.integer] = self._dataset.get(document, offset=start, length=stop - start)
-        return tokens.astype(np.int64)
+        return self._file.read(document, start, stop)

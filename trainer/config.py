@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from farspan.data.curriculum import ODDS
+from farspan.data.sources import MAX_RECORD_BYTES, TEXT_SUFFIXES, Source
 from farspan.kernels import BACKENDS
 from farspan.kernels.estimate import VerticalSlash
 from farspan.kernels.tiles import TILE
@@ -65,13 +75,48 @@ class DecomposeSection(_Section):
     tokens; if not, these are cut into the longest."""
 
 
+class SourceSection(_Section):
+    path: str
+    """As `data.sources` has it where it is no section."""
+    name: str | None = Field(None, min_length=1)
+    """How reports and blends call it; the last part of the path when not given."""
+    text_key: str = Field("text", min_length=1)
+    """The field of a `.jsonl` line, or the column of a table, that holds the text."""
+    as_one_document: bool = False
+    """Whether the text files of a folder are one long document, in the order of their names: a code repository."""
+    suffixes: list[str] = Field(list(TEXT_SUFFIXES), min_length=1)
+    """What the names of text files in a folder end in."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _as_short_as_given(self, write: SerializerFunctionWrapHandler) -> Any:
+        return self.path if self == SourceSection(path=self.path) else write(self)  # type: ignore[call-arg]
+
+    def listed(self) -> Source:
+        """As `prepare` takes it."""
+        return Source(self.path, self.name, self.text_key, self.as_one_document, tuple(self.suffixes))
+
+
 class DataSection(_Section):
-    sources: list[str] = Field(min_length=1)
-    """Text files, folders of them, or `python-stdlib`: the sources of the running Python's own standard library."""
+    sources: list[SourceSection] = Field(min_length=1)
+    """Text files; `.jsonl` (also `.gz`, `.zst`) and `.parquet` files; folders of all these; folders that Hugging Face's
+    `datasets` saved; Megatron's `.bin` and `.idx`; or `python-stdlib`: the sources of the running Python's own standard
+    library. With more to say, an entry is a section."""
     directory: Path
     """Where `farspan prepare` writes the encoded text and where training reads it."""
+    drop_invalid: bool = False
+    """Whether documents that are no UTF-8, no JSON, without text or too long are left out and counted, not refused."""
+    max_record_bytes: int = Field(MAX_RECORD_BYTES, gt=0)
+    """The longest line of a `.jsonl` file, row of a table, or stretch of a text file without a space; each process may
+    hold several of that size."""
     tokenizer: Path | None = None
-    """A SentencePiece model; one is trained on the sources when not given."""
+    """A SentencePiece model, or a Hugging Face `tokenizer.json`; one is trained on the sources when not given."""
+    end_of_document: str | None = None
+    """Its piece that ends documents; `<eod>`, or the usual one of a `tokenizer.json`, when not given."""
     vocabulary_size: int = Field(32_000, ge=300)
     """Size of a tokenizer that is trained; 256 of its pieces are single bytes."""
     heldout_fraction: float = Field(0.01, gt=0, lt=1)
@@ -687,6 +732,8 @@ def _one_line(path: Path, error: ValidationError) -> str:
 def _section_at(location: Sequence[Any]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for name in location:
+        if isinstance(name, int):  # of an entry in a list of sections
+            continue
         annotation = section.model_fields[str(name)].annotation
         section = next(
             t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
-from farspan.data.tokenizer import Tokenizer
 from farspan.models import prefill
 from farspan.models.config import ModelConfig
 from farspan.models.prefill import Share
@@ -115,7 +114,7 @@ def run(request: Request) -> None:
 
 
 def _answer(ready: Ready, mesh: Mesh, say: Callable[[str], None]) -> str:
-    request, tokenizer = ready.request, Tokenizer(ready.data.tokenizer_path)
+    request, tokenizer = ready.request, ready.data.open_tokenizer()
     text, question = tokenizer.encode(ready.text).tolist(), tokenizer.encode(request.question).tolist()
     model = newest_decoder(request.run, ready.config, ready.model, mesh, say)
     share = _share(ready, len(text), mesh, say)
