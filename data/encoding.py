@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from farspan.data.chat_template import ChatTemplate
+from farspan.data.conversation import Conversation, encode_conversation
 from farspan.data.errors import DataError
 from farspan.data.heldout import HeldOut
 from farspan.data.indexed import token_dtype
@@ -56,12 +58,15 @@ class Encoded:
 
     tokens: [tokens], each document with its end-of-document token, in the dtype of the vocabulary.
     lengths: int64 [documents], tokens in each; sizes: int64 [documents], bytes of text (0 where they came as tokens).
+    notes, note_lengths: int32 [entries] and int64 [documents], what conversations say of their answers (`Answers`).
     heldout: bool [documents].
     dropped: how many were left out, by reason.
     """
 
     tokens: NDArray[np.integer]
     lengths: NDArray[np.int64]
+    notes: NDArray[np.int32]
+    note_lengths: NDArray[np.int64]
     sizes: NDArray[np.int64]
     heldout: NDArray[np.bool_]
     dropped: Counter[str]
@@ -81,30 +86,38 @@ class Encoder:
     def __call__(self, portion: Portion) -> Encoded:
         tokenizer = _open_tokenizer(self.tokenizer, self.digest, self.end_of_document)
         source = self.sources[portion.source]
-        parts, sizes, heldout = [], [], []
+        parts, notes, sizes, heldout = [], [], [], []
         dropped: Counter[str] = Counter()
         for piece in portion.pieces:
             try:
-                content, size = content_of(piece, source.text_key)
+                content, size = content_of(piece, source)
             except UnusableError as reason:
                 refuse(source, piece, reason, self.drop_invalid)
                 dropped[str(reason)] += 1
                 continue
             tokens: NDArray[np.integer]
+            note = np.empty(0, np.int32)
             if isinstance(content, str):
                 tokens, ended = tokenizer.encode(content), False
+            elif isinstance(content, Conversation):
+                assert source.chat_template is not None
+                tokens, answers = encode_conversation(content, _open_template(source.chat_template), tokenizer)
+                note, ended = answers.notes(), True
             else:
                 _check_range(content, tokenizer, source, piece.name)
                 tokens, ended, size = content, content[-1] == tokenizer.eod, 0
             if piece.last and not ended:
                 tokens = np.append(tokens, np.int32(tokenizer.eod))
             parts.append(tokens)
+            notes.append(note)
             sizes.append(size)
             heldout.append(self.heldout(portion.source, piece.name))
         dtype = token_dtype(tokenizer.vocabulary_size)
         return Encoded(
             tokens=np.concatenate([np.empty(0, np.int32), *parts]).astype(dtype),
             lengths=np.array([len(part) for part in parts], np.int64),
+            notes=np.concatenate([np.empty(0, np.int32), *notes]),
+            note_lengths=np.array([len(note) for note in notes], np.int64),
             sizes=np.array(sizes, np.int64),
             heldout=np.array(heldout, np.bool_),
             dropped=dropped,
@@ -184,6 +197,11 @@ def _check_range(tokens: NDArray[np.integer], tokenizer: AnyTokenizer, source: S
 def _open_tokenizer(path: Path, digest: str, end_of_document: str | None) -> AnyTokenizer:
     """Kept from call to call. The digest tells apart what lies at a path one after the other."""
     return open_tokenizer(path, end_of_document)
+
+
+@functools.lru_cache
+def _open_template(name: str) -> ChatTemplate:
+    return ChatTemplate(name)
 
 
 def _start_worker() -> None:

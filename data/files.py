@@ -1,6 +1,7 @@
 """Files that are there as a whole or not at all."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -10,6 +11,16 @@ def write_whole(path: Path, content: bytes) -> None:
     with beside.open("wb") as file:
         file.write(content)
         file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    flush_folder(path.parent)
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copies a file, likewise."""
+    beside = path.with_name(path.name + ".new")
+    shutil.copyfile(source, beside)
+    with beside.open("ab") as file:
         os.fsync(file.fileno())
     beside.replace(path)
     flush_folder(path.parent)

@@ -47,6 +47,7 @@ class HuggingFaceTokenizer:
         added = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
         self.end_of_document = _choose_end(path, added, end_of_document)
         self.eod: int = added[self.end_of_document]
+        self.special_tokens: dict[str, int] = added
         if self.decode(np.append(self.encode(_PROBE), self.encode(_PROBE))) != 2 * _PROBE:
             raise DataError(
                 f"data.tokenizer: {path} changes text (it is not byte-level, or adds or removes spaces). Give one that "

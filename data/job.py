@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from farspan.data.chat_template import ChatTemplate
 from farspan.data.errors import DataError
 from farspan.data.publish import digest
 from farspan.data.sources import Listing
@@ -55,6 +56,7 @@ class Job:
                 listing.source.name,
                 listing.source.text_key,
                 listing.source.as_one_document,
+                listing.source.chat_template and ChatTemplate(listing.source.chat_template).text,
                 [[file.name, file.size, file.digest] for file in listing.files],
             ]
             for listing in self.listings

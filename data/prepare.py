@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
+from farspan.data.answers import notes_name
 from farspan.data.encoding import Encoder, encode_portions, portions
 from farspan.data.errors import DataError
-from farspan.data.files import write_whole
+from farspan.data.files import copy_whole, write_whole
 from farspan.data.heldout import HeldOut, choose_heldout
 from farspan.data.indexed import token_dtype, write_index
 from farspan.data.job import Job
@@ -120,7 +123,7 @@ def _tokenizer(path: Path, job: Job, heldout: HeldOut) -> AnyTokenizer:
         write_whole(path, job.tokenizer.read_bytes())
     elif not path.is_file():
         job.report(f"training a tokenizer of {job.vocabulary_size:,} pieces")
-        texts = (str(text.content) for text in job.texts() if not heldout(text.source, text.name))
+        texts = (text.words for text in job.texts() if not heldout(text.source, text.name))
         # One thread: SentencePiece writes their number into the file, and they hardly make it faster.
         train_tokenizer(texts, path, job.vocabulary_size, threads=1, seed=job.seed)
     return open_tokenizer(path, job.end_of_document)
@@ -147,8 +150,15 @@ def _describe(unfinished: Unfinished, job: Job, inputs: dict[str, object], token
     """The indexes, the report, and last of all what the directory is known by."""
     folder = unfinished.folder
     documents = {split: unfinished.documents(split) for split in SPLITS}
+    names = [job.tokenizer_name]
     for split in SPLITS:
         write_index(folder / f"{split}.idx", documents[split][:, 0], token_dtype(tokenizer.vocabulary_size))
+        names += [f"{split}.bin", f"{split}.idx"]
+        notes, entries = notes_name(split), documents[split][:, 2]
+        if entries.any():
+            copy_whole(unfinished.notes(split), folder / f"{notes}.bin")
+            write_index(folder / f"{notes}.idx", entries, np.dtype("<i4"))
+            names += [f"{notes}.bin", f"{notes}.idx"]
     starts = [[0 for _ in SPLITS], *unfinished.boundaries]
     ranges = {
         listing.name: {
@@ -158,7 +168,6 @@ def _describe(unfinished: Unfinished, job: Job, inputs: dict[str, object], token
     }
     for line in write_report(describe(documents, ranges, unfinished.dropped), documents, folder):
         job.report(line)
-    names = [*(f"{split}{suffix}" for split in SPLITS for suffix in (".bin", ".idx")), job.tokenizer_name]
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "fingerprint": digest(inputs),

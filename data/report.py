@@ -25,7 +25,7 @@ def describe(
 ) -> dict[str, Any]:
     """Counts by source and of all: documents, tokens, bytes of text, bytes a token, what was dropped, and lengths.
 
-    documents: by split, tokens and bytes of text of each document, int64 [documents, 2].
+    documents: by split, tokens, bytes of text and notes of each document, int64 [documents, 3].
     """
     parts = {
         name: np.concatenate([documents[split][slice(here.start, here.stop)] for split, here in ranges.items()])

@@ -28,6 +28,7 @@ class Source:
     text_key: the field of a `.jsonl` line, or the column of a table, that holds the text.
     as_one_document: the text files of a folder, one after the other by name, are one long document.
     suffixes: of the files that are text in a folder.
+    chat_template: lines of `.jsonl` are conversations, which this `ChatTemplate` makes text of.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Source:
     text_key: str = "text"
     as_one_document: bool = False
     suffixes: tuple[str, ...] = TEXT_SUFFIXES
+    chat_template: str | None = None
 
     @property
     def label(self) -> str:
@@ -85,6 +87,11 @@ def list_sources(sources: Sequence[str | Source]) -> list[Listing]:
     for name, source in _named(sources):
         files = []
         for file in _files_of(source):
+            if source.chat_template is not None and file.kind != "lines":
+                raise DataError(
+                    f"data.sources: {source.label} has a chat_template, but {file.name} is no .jsonl file of "
+                    "conversations: leave it out of the source, or leave out the chat_template."
+                )
             real = file.path.resolve()
             if real not in seen:
                 files.append(file)

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from farspan.data.conversation import Conversation, read_conversation
 from farspan.data.errors import DataError
 from farspan.data.pieces import Piece, Position, TooLong, read_source
 from farspan.data.sources import Listing, Source
 
 EMPTY = "empty"
+Content = str | Conversation | NDArray[np.integer]
 
 
 class UnusableError(ValueError):
@@ -26,8 +28,13 @@ class Text(NamedTuple):
 
     source: int
     name: str
-    content: str | NDArray[np.integer]
+    content: Content
     size: int
+
+    @property
+    def words(self) -> str:
+        """What a tokenizer is trained on."""
+        return self.content.text if isinstance(self.content, Conversation) else str(self.content)
 
 
 def read_texts(listings: Sequence[Listing], longest: int, drop_invalid: bool) -> Iterator[Text]:
@@ -35,7 +42,7 @@ def read_texts(listings: Sequence[Listing], longest: int, drop_invalid: bool) ->
     for number, listing in enumerate(listings):
         for piece in read_source(listing, Position(), longest):
             try:
-                content, size = content_of(piece, listing.source.text_key)
+                content, size = content_of(piece, listing.source)
             except UnusableError as reason:
                 refuse(listing.source, piece, reason, drop_invalid)
             else:
@@ -51,19 +58,22 @@ def refuse(source: Source, piece: Piece, reason: UnusableError, drop_invalid: bo
         )
 
 
-def content_of(piece: Piece, text_key: str) -> tuple[str | NDArray[np.integer], int]:
+def content_of(piece: Piece, source: Source) -> tuple[Content, int]:
     """What a piece says, and its size in bytes. Raises UnusableError."""
     content = piece.content
     if isinstance(content, TooLong):
         raise UnusableError(f"longer than {content.limit:,} bytes (data.max_record_bytes)")
     if isinstance(content, bytes):
+        size = len(content)
         try:
             content = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UnusableError("not UTF-8 text") from error
-        content = _field(content, text_key) if piece.kind == "lines" else content
+        if piece.kind == "lines" and source.chat_template is not None:
+            return _conversation(content), size
+        content = _field(content, source.text_key) if piece.kind == "lines" else content
     if content is None:
-        raise UnusableError(f"without text under {text_key!r} (text_key)")
+        raise UnusableError(f"without text under {source.text_key!r} (text_key)")
     if len(content) == 0 and piece.first and piece.last:
         raise UnusableError(EMPTY)
     if isinstance(content, np.ndarray):
@@ -74,10 +84,25 @@ def content_of(piece: Piece, text_key: str) -> tuple[str | NDArray[np.integer], 
         raise UnusableError("not UTF-8 text") from error
 
 
-def _field(line: str, key: str) -> str | None:
+def _conversation(line: str) -> Conversation:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UnusableError("not JSON") from error
+        conversation = read_conversation(_json(line))
+        conversation.text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableError("not UTF-8 text") from error
+    except DataError as error:
+        raise UnusableError(f"no conversation: {error}") from error
+    return conversation
+
+
+def _field(line: str, key: str) -> str | None:
+    record = _json(line)
     text = record.get(key) if isinstance(record, dict) else None
     return text if isinstance(text, str) else None
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UnusableError("not JSON") from error

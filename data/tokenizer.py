@@ -51,6 +51,10 @@ class Tokenizer:
                 f"data.tokenizer: {path} has no control piece {end_of_document} to end documents with. "
                 "Set data.end_of_document to one that it has, or leave data.tokenizer out to train one on data.sources."
             )
+        pieces = {self._processor.IdToPiece(token): token for token in range(self.vocabulary_size)}
+        self.special_tokens: dict[str, int] = {
+            piece: token for piece, token in pieces.items() if self._processor.IsControl(token)
+        }
         self._bytes = [self._bytes_of(token) for token in range(self.vocabulary_size)]
         token_of_byte = {value: token for token, value in enumerate(self._bytes) if self._processor.IsByte(token)}
         if len(token_of_byte) < 256:

@@ -32,5 +32,5 @@ def train_on_sources(
         heldout = choose_heldout(read_texts(listings, max_record_bytes, drop_invalid), heldout_fraction, seed)
     texts = read_texts(listings, max_record_bytes, drop_invalid)
     chosen = (text for text in texts if heldout is None or not heldout(text.source, text.name))
-    strings = (text.content for text in chosen if not isinstance(text.content, np.ndarray))
+    strings = (text.words for text in chosen if not isinstance(text.content, np.ndarray))
     train_tokenizer(strings, path, vocabulary_size, threads=1, seed=seed)

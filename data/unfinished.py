@@ -2,7 +2,8 @@
 
     books.partial/train.bin, heldout.bin        tokens, as they will be
     books.partial/tokenizer.model               written whole or not at all
-    books.partial/work/train.documents, ...     two int64 a document: its tokens, and its bytes of text
+    books.partial/work/train.documents, ...     three int64 a document: its tokens, bytes of text and notes
+    books.partial/work/train.notes, ...         notes of conversations, which are copied where there are some
     books.partial/work/journal.json             how far all this goes; what lies behind is cut off
 
 The journal is replaced after what it speaks of has reached the disk.
@@ -29,7 +30,8 @@ from farspan.data.prepared import SPLITS
 
 _SECONDS = 2.0  # between two journals: what a kill can cost
 _WORK = "work"
-_RECORD = np.dtype("<i8")  # tokens, then bytes of text
+_RECORD = np.dtype("<i8")  # tokens, then bytes of text, then entries of its notes
+_FIELDS = 3
 
 
 class Unfinished:
@@ -99,8 +101,12 @@ class Unfinished:
         self._last_commit = time.monotonic()
 
     def documents(self, split: str) -> NDArray[np.int64]:
-        """Tokens and bytes of text of each document, int64 [documents, 2], memory-mapped."""
+        """Tokens, bytes of text and entries of the notes of each document, int64 [documents, 3], memory-mapped."""
         return read_documents(self.folder / _documents(split))
+
+    def notes(self, split: str) -> Path:
+        """The file of all notes, one after the other, int32."""
+        return self.folder / _notes(split)
 
     def close(self) -> None:
         """Without a commit: what was added since the last one is lost."""
@@ -112,12 +118,14 @@ class Unfinished:
 
     def _append(self, encoded: Encoded) -> None:
         of_token = np.repeat(encoded.heldout, encoded.lengths)
-        records = np.stack([encoded.lengths, encoded.sizes], axis=1).astype(_RECORD)
+        of_note = np.repeat(encoded.heldout, encoded.note_lengths)
+        records = np.stack([encoded.lengths, encoded.sizes, encoded.note_lengths], axis=1).astype(_RECORD)
         if np.any(encoded.lengths > LONGEST_DOCUMENT):
             raise _too_long()
-        for split, chosen, documents in zip(SPLITS, (~of_token, of_token), (~encoded.heldout, encoded.heldout)):
-            self._files[f"{split}.bin"].write(encoded.tokens[chosen].tobytes())
-            self._files[_documents(split)].write(records[documents].tobytes())
+        for split, held in zip(SPLITS, (False, True)):
+            self._files[f"{split}.bin"].write(encoded.tokens[of_token == held].tobytes())
+            self._files[_notes(split)].write(encoded.notes[of_note == held].tobytes())
+            self._files[_documents(split)].write(records[encoded.heldout == held].tobytes())
 
     def _append_part(self, portion: Portion, encoded: Encoded) -> None:
         """A piece of a document that is too long for one portion. When a piece is dropped, the whole document is."""
@@ -142,12 +150,12 @@ class Unfinished:
             raise _too_long()
         if portion.last:
             if not part.dropped:
-                record = np.array([part.tokens, part.size], _RECORD)
+                record = np.array([part.tokens, part.size, 0], _RECORD)
                 self._files[_documents(part.split)].write(record.tobytes())
             self._part = None
 
     def _end_source(self) -> None:
-        counts = [self._files[_documents(split)].tell() // (2 * _RECORD.itemsize) for split in SPLITS]
+        counts = [self._files[_documents(split)].tell() // (_FIELDS * _RECORD.itemsize) for split in SPLITS]
         self.boundaries.append(counts)
         self.source, self.position = self.source + 1, Position()
 
@@ -185,12 +193,16 @@ def read_journal(folder: Path) -> dict[str, Any] | None:
 
 def read_documents(path: Path) -> NDArray[np.int64]:
     if not path.stat().st_size:
-        return np.empty((0, 2), _RECORD)
-    return np.memmap(path, _RECORD, mode="r").reshape(-1, 2)
+        return np.empty((0, _FIELDS), _RECORD)
+    return np.memmap(path, _RECORD, mode="r").reshape(-1, _FIELDS)
 
 
 def _growing() -> list[str]:
-    return [name for split in SPLITS for name in (f"{split}.bin", _documents(split))]
+    return [name for split in SPLITS for name in (f"{split}.bin", _documents(split), _notes(split))]
+
+
+def _notes(split: str) -> str:
+    return f"{_WORK}/{split}.notes"
 
 
 def _documents(split: str) -> str:
