@@ -169,6 +169,15 @@ def data_schedule(options: argparse.Namespace) -> int:
     return 0
 
 
+def data_compare(options: argparse.Namespace) -> int:
+    """Prints what each way of making rows does to the documents."""
+    from farspan.trainer.compare import compare
+    from farspan.trainer.config import load_config
+
+    compare(load_config(options.config, options.overrides), print)
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Prints versions, devices and attention backends, and which of them a configuration's first batch will use."""
     from farspan.trainer.config import load_config
@@ -324,6 +333,15 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", type=Path, metavar="FILE.png", help="draw lengths by step and tokens by length (needs farspan[plot])"
     )
     scheduling.set_defaults(verb=data_schedule, overrides=[])
+    comparing = looks.add_parser(
+        "compare",
+        help="What each way of making rows does to the documents: padding, cuts, and how much tokens see.",
+        description="Each data.method at train.sequence_length, by the lengths of the documents; no text is read.",
+        usage="farspan data compare CONFIG [key=value ...]",
+        epilog="key=value overrides a key of the file, such as data.overlong=drop.",
+    )
+    comparing.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    comparing.set_defaults(verb=data_compare, overrides=[])
     tokenizing = verbs.add_parser("tokenizer", help="Train a tokenizer.")
     data_verbs.add_tokenizer_verbs(tokenizing.add_subparsers(required=True, metavar="ACTION"))
 

@@ -21,6 +21,8 @@ from pydantic import (
 )
 
 from farspan.data.curriculum import ODDS
+from farspan.data.growing_window import Growth
+from farspan.data.layout import Overlong
 from farspan.data.sources import MAX_RECORD_BYTES, TEXT_SUFFIXES, Source
 from farspan.kernels import BACKENDS
 from farspan.kernels.estimate import VerticalSlash
@@ -75,6 +77,72 @@ class DecomposeSection(_Section):
     tokens; if not, these are cut into the longest."""
 
 
+class GrowingWindowSection(_Section):
+    """SkyLadder (docs/packing.md): windows that divide rows, and grow with the steps of training."""
+
+    start: int = Field(32, gt=0)
+    """Tokens of a window in the first step."""
+    steps: int = Field(gt=0)
+    """Steps after which a window is the whole row."""
+    growth: Growth = "linear"
+    """By equally many tokens a step, faster at first (`sine`), or by equal factors (`exponential`)."""
+
+
+class PartSection(_Section):
+    """A part of a blend: documents of one source, all or those of some lengths."""
+
+    source: str | None = None
+    """The source's name; the part's own when not given."""
+    min_tokens: int = Field(0, ge=0)
+    """Tokens of its shortest documents."""
+    max_tokens: int | None = Field(None, gt=0)
+    """Tokens of its longest documents."""
+    weight: float | None = Field(None, ge=0)
+    """Its share of the tokens, over the sum of all weights; without any, parts share as their tokens x `epochs` do."""
+    epochs: float | None = Field(None, gt=0)
+    """How often it is seen at most; the others then take over its share."""
+
+
+class StageSection(_Section):
+    """A stretch of a run with weights of its own."""
+
+    steps: int | None = Field(None, gt=0)
+    """How many steps it takes; the rest of the run when not given, which the last one alone may do."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    """Shares of the tokens by the names of parts; one that is not named rests."""
+
+
+class BlendSection(_Section):
+    """A blend of sources, or of their long and short documents (docs/packing.md)."""
+
+    parts: dict[str, PartSection] = Field(min_length=1)
+    """What is blended, by names that the metrics use."""
+    stages: list[StageSection] = []
+    """Weights that change in the course of the run; those of the parts throughout when not given."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> BlendSection:
+        for stage in self.stages[:-1]:
+            if stage.steps is None:
+                raise ValueError("data.blend.stages: only the last one can do without steps")
+        named = [name for stage in self.stages for name in stage.weights]
+        for name in [name for name in named if name not in self.parts]:
+            hint = _did_you_mean(name, list(self.parts)) or ";"
+            raise ValueError(f"data.blend.stages name {name!r}{hint} data.blend.parts are {', '.join(self.parts)}")
+        weighted = [name for name, part in self.parts.items() if part.weight is not None]
+        if weighted and self.stages:
+            raise ValueError(
+                f"data.blend.parts.{weighted[0]}.weight does nothing beside data.blend.stages, which have weights of "
+                "their own; leave it out"
+            )
+        if weighted and len(weighted) < len(self.parts):
+            bare = next(name for name in self.parts if name not in weighted)
+            raise ValueError(
+                f"data.blend.parts.{weighted[0]} has a weight and {bare} has none; give one to all parts, or to none"
+            )
+        return self
+
+
 class SourceSection(_Section):
     path: str
     """As `data.sources` has it where it is no section."""
@@ -86,6 +154,9 @@ class SourceSection(_Section):
     """Whether the text files of a folder are one long document, in the order of their names: a code repository."""
     suffixes: list[str] = Field(list(TEXT_SUFFIXES), min_length=1)
     """What the names of text files in a folder end in."""
+    chat_template: str | None = Field(None, min_length=1)
+    """Lines of `.jsonl` are conversations, and answers alone carry loss (docs/packing.md): `chatml`, `plain`, a file in
+    Jinja, or a `tokenizer_config.json`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -98,7 +169,9 @@ class SourceSection(_Section):
 
     def listed(self) -> Source:
         """As `prepare` takes it."""
-        return Source(self.path, self.name, self.text_key, self.as_one_document, tuple(self.suffixes))
+        return Source(
+            self.path, self.name, self.text_key, self.as_one_document, tuple(self.suffixes), self.chat_template
+        )
 
 
 class DataSection(_Section):
@@ -123,9 +196,17 @@ class DataSection(_Section):
     """Share of the documents that are kept for evaluation; at least one of them is."""
     processes: int = Field(1, gt=0)
     """Processes that encode text during `farspan prepare`."""
-    method: Literal["concat", "decompose"] = "concat"
-    """How rows are made of documents: one after the other, cut every `train.sequence_length` tokens, or each by itself
-    into rows whose lengths are powers of two, which a `curriculum` orders."""
+    method: Literal["concat", "best_fit", "padded", "decompose"] = "concat"
+    """How rows are made of documents (docs/packing.md): one after the other, cut every `train.sequence_length` tokens;
+    as many whole ones as fit into a row; a row for each; or each by itself into rows whose lengths are powers of two,
+    which a `curriculum` orders."""
+    overlong: Overlong = "split"
+    """What becomes of documents that are longer than a row, with `best_fit` and `padded`: full rows and a rest
+    (`split`), their beginning (`truncate`), or nothing (`drop`)."""
+    growing_window: GrowingWindowSection | None = None
+    """Tokens see little of their row at first, and then more; all of it from the first step on when not given."""
+    blend: BlendSection | None = None
+    """Shares of the sources; as much of each as it has when not given."""
     decompose: DecomposeSection = DecomposeSection()  # type: ignore[call-arg]
     workers: int = Field(0, ge=0)
     """Processes of each rank that read rows ahead of training; with 0 the training process reads them itself."""
@@ -158,6 +239,8 @@ class TrainSection(_Section):
     """Dtype of weights in the forward and backward passes; optimizer state is fp32 always."""
     loss_chunk_tokens: int = Field(8192, gt=0)
     """Tokens whose logits exist at once; larger chunks are hardly faster, smaller ones save memory."""
+    report_every: int = Field(20, gt=0)
+    """Steps between reports of the loss by length of documents and by position in them; evaluations always report."""
 
     @model_validator(mode="after")
     def _check_rows(self) -> TrainSection:
@@ -224,7 +307,7 @@ class StarSection(_Section):
     """Which part of a document is global and sees all of it: its end (`lm`), or question and answer (`sft`). All tokens
     of `lm` carry loss; for `sft` the data says where a context ends, and which tokens carry loss: those of answers."""
     global_fraction: float = Field(0.25, gt=0, lt=1)
-    """Share of a document, at its end, that is global with `mode: lm`."""
+    """Share of a document, at its end, that is global with `mode: lm`; with `sft` that which `farspan plan` assumes."""
 
     @model_validator(mode="after")
     def _check_anchor(self) -> StarSection:
@@ -442,9 +525,40 @@ class RunConfig(_Section):
     def row_lengths(self) -> tuple[int, ...]:
         """Tokens of the rows that training takes, the longest first."""
         longest = self.train.sequence_length
-        if self.data.method == "concat":
+        if self.data.method != "decompose":
             return (longest,)
         return tuple(longest >> i for i in range((longest // self.data.decompose.shortest).bit_length()))
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> RunConfig:
+        data, window = self.data, self.data.growing_window
+        if data.blend is not None and data.method == "decompose":
+            raise ValueError(
+                "data.blend is for rows of one length, and data.method decompose makes rows of several; leave it out, "
+                "or set data.method to best_fit"
+            )
+        if data.overlong != "split" and data.method in ("concat", "decompose"):
+            raise ValueError(
+                f"data.overlong {data.overlong} does nothing with data.method {data.method}, which cuts documents "
+                "anyway; leave it out, or set data.method to best_fit or padded"
+            )
+        if window is None:
+            return self
+        for key, given in (
+            ("data.method decompose", data.method == "decompose"),
+            ("attention.star", self.attention.star is not None),
+            ("attention.across_documents", self.attention.across_documents),
+        ):
+            if given:
+                raise ValueError(
+                    f"data.growing_window divides rows as documents do, which does not go with {key}; leave one out"
+                )
+        if window.start >= self.train.sequence_length:
+            raise ValueError(
+                f"data.growing_window.start {window.start} is not less than train.sequence_length "
+                f"{self.train.sequence_length}, so that nothing grows; lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_decompose(self) -> RunConfig:

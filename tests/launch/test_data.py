@@ -145,3 +145,25 @@ def test_a_picture_of_the_lengths(config: Path, capsys: pytest.CaptureFixture[st
     assert main(["data", "stats", "tokens", "--plot", "b.png"]) == 0
     assert Path("b.png").read_bytes().startswith(b"\x89PNG")
     assert main(["data", "stats", "tokens", "--plot", "b.txt"]) == 2
+
+
+def test_ways_of_making_rows_are_compared(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "a.yaml"]) == 0
+    capsys.readouterr()
+    assert main(["data", "compare", "a.yaml", "data.overlong=truncate", "data.method=best_fit"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("rows of 128")
+    methods = ("concat ", "concat, across documents ", "best_fit, truncate ", "padded, truncate ")
+    assert all(line.startswith(method) for line, method in zip(lines[2:], methods))
+
+
+def test_conversations_are_prepared(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (json.dumps({"prompt": f"{number} words of a prompt. " * 9, "response": "yes"}) for number in range(40))
+    Path("chats.jsonl").write_text("\n".join(lines))
+    source = "data.sources=[{path: chats.jsonl, chat_template: chatml}]"
+    assert main(["prepare", "a.yaml", "data.vocabulary_size=310", source]) == 0
+    assert Path("tokens/train_answers.idx").is_file()
+    assert main(["data", "verify", "a.yaml"]) == 0
+    assert "tokens: good" in capsys.readouterr().out
+    assert main(["prepare", "a.yaml", "data.directory=other", source.replace("chatml", "chatm")]) == 2
+    assert "chat_template of data.sources is 'chatm', which is none of chatml, plain" in capsys.readouterr().err
