@@ -4,33 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from farspan.data.curriculum import ODDS
-from farspan.data.growing_window import Growth
-from farspan.data.layout import Overlong
-from farspan.data.sources import MAX_RECORD_BYTES, TEXT_SUFFIXES, Source
 from farspan.kernels import BACKENDS
 from farspan.kernels.estimate import VerticalSlash
 from farspan.kernels.tiles import TILE
-from farspan.models.config import ModelConfig, RecomputeMode, refuse_switches
+from farspan.models.config import ModelConfig, RecomputeMode
 from farspan.parallel.cluster import load_cluster
 from farspan.parallel.orders import ORDERS
 from farspan.parallel.plans import PLANS, Topology
+from farspan.trainer.data_config import CurriculumSection, DataSection
+from farspan.trainer.section import Section, did_you_mean
 
 # Plans whose blocks begin and end with any token, and not with tiles.
 CUT_ANYWHERE = ("group_cast", "star")
@@ -42,14 +31,7 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message is one line that names the key to change."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-    _refuse_switches = field_validator("*", mode="before")(refuse_switches)
-
-
-class RunSection(_Section):
+class RunSection(Section):
     dir: Path
     """Folder of this run: resolved configuration, metrics, TensorBoard files, logs and checkpoints."""
     weights_from: Path | None = None
@@ -59,174 +41,14 @@ class RunSection(_Section):
     """Initial weights, the order of samples and every other draw come from this number."""
 
 
-class LaunchSection(_Section):
+class LaunchSection(Section):
     processes: int | None = Field(None, gt=0)
     """Worker processes on this machine; one a GPU when not given, or one where there is no GPU."""
     stop_seconds: float = Field(1800, gt=0)
     """How long workers may take to finish their step and save after SIGTERM or SIGINT."""
 
 
-class DecomposeSection(_Section):
-    """Dataset decomposition (docs/dataset-decomposition.md), for `data.method: decompose`."""
-
-    shortest: int = Field(256, gt=1)
-    """Tokens of the shortest rows, a power of two; those of the longest are `train.sequence_length`. What a document
-    has left beyond its rows is shorter than these, and is not trained on."""
-    randomize: bool = True
-    """Draw the lengths of rows in documents of two of the longest or more, so that all get equally many of their
-    tokens; if not, these are cut into the longest."""
-
-
-class GrowingWindowSection(_Section):
-    """SkyLadder (docs/packing.md): windows that divide rows, and grow with the steps of training."""
-
-    start: int = Field(32, gt=0)
-    """Tokens of a window in the first step."""
-    steps: int = Field(gt=0)
-    """Steps after which a window is the whole row."""
-    growth: Growth = "linear"
-    """By equally many tokens a step, faster at first (`sine`), or by equal factors (`exponential`)."""
-
-
-class PartSection(_Section):
-    """A part of a blend: documents of one source, all or those of some lengths."""
-
-    source: str | None = None
-    """The source's name; the part's own when not given."""
-    min_tokens: int = Field(0, ge=0)
-    """Tokens of its shortest documents."""
-    max_tokens: int | None = Field(None, gt=0)
-    """Tokens of its longest documents."""
-    weight: float | None = Field(None, ge=0)
-    """Its share of the tokens, over the sum of all weights; without any, parts share as their tokens x `epochs` do."""
-    epochs: float | None = Field(None, gt=0)
-    """How often it is seen at most; the others then take over its share."""
-
-
-class StageSection(_Section):
-    """A stretch of a run with weights of its own."""
-
-    steps: int | None = Field(None, gt=0)
-    """How many steps it takes; the rest of the run when not given, which the last one alone may do."""
-    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
-    """Shares of the tokens by the names of parts; one that is not named rests."""
-
-
-class BlendSection(_Section):
-    """A blend of sources, or of their long and short documents (docs/packing.md)."""
-
-    parts: dict[str, PartSection] = Field(min_length=1)
-    """What is blended, by names that the metrics use."""
-    stages: list[StageSection] = []
-    """Weights that change in the course of the run; those of the parts throughout when not given."""
-
-    @model_validator(mode="after")
-    def _check_stages(self) -> BlendSection:
-        for stage in self.stages[:-1]:
-            if stage.steps is None:
-                raise ValueError("data.blend.stages: only the last one can do without steps")
-        named = [name for stage in self.stages for name in stage.weights]
-        for name in [name for name in named if name not in self.parts]:
-            hint = _did_you_mean(name, list(self.parts)) or ";"
-            raise ValueError(f"data.blend.stages name {name!r}{hint} data.blend.parts are {', '.join(self.parts)}")
-        weighted = [name for name, part in self.parts.items() if part.weight is not None]
-        if weighted and self.stages:
-            raise ValueError(
-                f"data.blend.parts.{weighted[0]}.weight does nothing beside data.blend.stages, which have weights of "
-                "their own; leave it out"
-            )
-        if weighted and len(weighted) < len(self.parts):
-            bare = next(name for name in self.parts if name not in weighted)
-            raise ValueError(
-                f"data.blend.parts.{weighted[0]} has a weight and {bare} has none; give one to all parts, or to none"
-            )
-        return self
-
-
-class SourceSection(_Section):
-    path: str
-    """As `data.sources` has it where it is no section."""
-    name: str | None = Field(None, min_length=1)
-    """How reports and blends call it; the last part of the path when not given."""
-    text_key: str = Field("text", min_length=1)
-    """The field of a `.jsonl` line, or the column of a table, that holds the text."""
-    as_one_document: bool = False
-    """Whether the text files of a folder are one long document, in the order of their names: a code repository."""
-    suffixes: list[str] = Field(list(TEXT_SUFFIXES), min_length=1)
-    """What the names of text files in a folder end in."""
-    chat_template: str | None = Field(None, min_length=1)
-    """Lines of `.jsonl` are conversations, and answers alone carry loss (docs/packing.md): `chatml`, `plain`, a file in
-    Jinja, or a `tokenizer_config.json`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @model_serializer(mode="wrap")
-    def _as_short_as_given(self, write: SerializerFunctionWrapHandler) -> Any:
-        return self.path if self == SourceSection(path=self.path) else write(self)  # type: ignore[call-arg]
-
-    def listed(self) -> Source:
-        """As `prepare` takes it."""
-        return Source(
-            self.path, self.name, self.text_key, self.as_one_document, tuple(self.suffixes), self.chat_template
-        )
-
-
-class DataSection(_Section):
-    sources: list[SourceSection] = Field(min_length=1)
-    """Text files; `.jsonl` (also `.gz`, `.zst`) and `.parquet` files; folders of all these; folders that Hugging Face's
-    `datasets` saved; Megatron's `.bin` and `.idx`; or `python-stdlib`: the sources of the running Python's own standard
-    library. With more to say, an entry is a section."""
-    directory: Path
-    """Where `farspan prepare` writes the encoded text and where training reads it."""
-    drop_invalid: bool = False
-    """Whether documents that are no UTF-8, no JSON, without text or too long are left out and counted, not refused."""
-    max_record_bytes: int = Field(MAX_RECORD_BYTES, gt=0)
-    """The longest line of a `.jsonl` file, row of a table, or stretch of a text file without a space; each process may
-    hold several of that size."""
-    tokenizer: Path | None = None
-    """A SentencePiece model, or a Hugging Face `tokenizer.json`; one is trained on the sources when not given."""
-    end_of_document: str | None = None
-    """Its piece that ends documents; `<eod>`, or the usual one of a `tokenizer.json`, when not given."""
-    vocabulary_size: int = Field(32_000, ge=300)
-    """Size of a tokenizer that is trained; 256 of its pieces are single bytes."""
-    heldout_fraction: float = Field(0.01, gt=0, lt=1)
-    """Share of the documents that are kept for evaluation; at least one of them is."""
-    processes: int = Field(1, gt=0)
-    """Processes that encode text during `farspan prepare`."""
-    method: Literal["concat", "best_fit", "padded", "decompose"] = "concat"
-    """How rows are made of documents (docs/packing.md): one after the other, cut every `train.sequence_length` tokens;
-    as many whole ones as fit into a row; a row for each; or each by itself into rows whose lengths are powers of two,
-    which a `curriculum` orders."""
-    overlong: Overlong = "split"
-    """What becomes of documents that are longer than a row, with `best_fit` and `padded`: full rows and a rest
-    (`split`), their beginning (`truncate`), or nothing (`drop`)."""
-    growing_window: GrowingWindowSection | None = None
-    """Tokens see little of their row at first, and then more; all of it from the first step on when not given."""
-    blend: BlendSection | None = None
-    """Shares of the sources; as much of each as it has when not given."""
-    decompose: DecomposeSection = DecomposeSection()  # type: ignore[call-arg]
-    workers: int = Field(0, ge=0)
-    """Processes of each rank that read rows ahead of training; with 0 the training process reads them itself."""
-
-
-class CurriculumSection(_Section):
-    """The order of rows by length, for `data.method: decompose`. Lists go from the shortest to the longest."""
-
-    odds: str | list[Annotated[float, Field(gt=0)]] = "uniform"
-    """How likely a step is of each length while a cycle has such steps left: `uniform`; `grow_linear`, `grow_p2` or
-    `grow_p100`, with which short rows come first; `shrink_p100`, with which long ones do; or a number for each."""
-    mixture: Literal["natural", "equal"] | list[Annotated[float, Field(gt=0)]] = "natural"
-    """Tokens of each length in a cycle: as the text has them, equally many, or in proportion to a number for each."""
-    cycles: int = Field(1, gt=0)
-    """Equal parts of the run, each with the whole mixture in the order of the odds; they divide `train.steps`."""
-    schedule: Literal["random", "sub_cycles"] = "random"
-    """How a cycle follows the odds: by draws, or in as many parts as there are lengths, with fixed shares of each."""
-
-
-class TrainSection(_Section):
+class TrainSection(Section):
     steps: int = Field(gt=0)
     """Optimizer steps of the whole run."""
     tokens_per_step: int = Field(gt=0)
@@ -261,7 +83,7 @@ class TrainSection(_Section):
         return max(1, round(self.tokens_per_step / unit)) * unit
 
 
-class ParallelSection(_Section):
+class ParallelSection(Section):
     context: int = Field(1, gt=0)
     """Ranks that share every sequence."""
     tokens_per_rank: int | None = Field(None, gt=0)
@@ -296,7 +118,7 @@ class ParallelSection(_Section):
         return Topology(self.inner, self.ulysses)
 
 
-class StarSection(_Section):
+class StarSection(Section):
     """Star Attention (docs/star.md)."""
 
     block: int = Field(gt=0)
@@ -338,18 +160,18 @@ class StarSection(_Section):
         )
 
 
-class WindowSection(_Section):
+class WindowSection(Section):
     """Sliding-window attention, in all layers but some."""
 
     width: int = Field(gt=0)
     """The last tokens that a token sees, itself included."""
     sinks: int = Field(0, ge=0)
     """The first tokens of a document, which all of it sees besides."""
-    full_layers: list[Annotated[int, Field(ge=0)]] = []
+    full_layers: list[Annotated[int, Field(ge=0)]] = Field([])
     """Layers, from 0, that see all of a document (or with `attention.star` its blocks), between those with windows."""
 
 
-class SparseSection(_Section):
+class SparseSection(Section):
     """Dynamic sparse attention, MTraining's vertical-slash pattern (docs/sparse-attention.md)."""
 
     mass: float = Field(0.9, gt=0, le=1)
@@ -372,7 +194,7 @@ class SparseSection(_Section):
     """A file of `farspan calibrate`: heads select as many columns and diagonals as that says, whatever their mass."""
     refresh: int = Field(1, gt=0)
     """Steps for which a layer keeps its selection before it is estimated anew."""
-    dense_layers: list[Annotated[int, Field(ge=0)]] = []
+    dense_layers: list[Annotated[int, Field(ge=0)]] = Field([])
     """Layers, from 0, whose attention stays dense."""
     dense_steps: int = Field(0, ge=0)
     """The run's first steps, which train with dense attention; evaluation goes by `evaluate` from the first one on."""
@@ -396,7 +218,7 @@ class SparseSection(_Section):
         return VerticalSlash(**{field.name: getattr(self, field.name) for field in fields(VerticalSlash)})
 
 
-class AttentionSection(_Section):
+class AttentionSection(Section):
     backend: str = "deterministic"
     """Kernels that compute attention on one device: `auto` is the fastest for each piece of work, `deterministic` the
     fastest whose gradients repeat bit for bit; or a backend's name, which then computes all."""
@@ -410,7 +232,7 @@ class AttentionSection(_Section):
     """Dynamic sparse attention in all layers without a window but `dense_layers`; none when not given."""
 
 
-class MemorySection(_Section):
+class MemorySection(Section):
     recompute: RecomputeMode = "selective"
     """What the backward pass computes again: `none`, or whole layers from their input (`full`), or all of a layer but
     attention, whose results are kept as the layer's input is (`selective`). Gradients are the same in every bit."""
@@ -432,7 +254,7 @@ class MemorySection(_Section):
         return 1 if self.keep_layers == "auto" else self.keep_layers
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     learning_rate: float = Field(3e-4, gt=0)
     """Highest learning rate of the schedule."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
@@ -453,21 +275,21 @@ class OptimizerSection(_Section):
     """Norm to which the gradient is clipped; 0 for no clipping."""
 
 
-class EvalSection(_Section):
+class EvalSection(Section):
     every: int = Field(0, ge=0)
     """Steps between evaluations on held-out text; 0 for none but the last, which is always evaluated."""
     rows: int = Field(64, gt=0)
     """Held-out rows of one evaluation, or all where there are fewer."""
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     every: int = Field(500, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(3, gt=0)
     """How many checkpoints stay."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """The whole configuration of a run."""
 
     run: RunSection
@@ -495,7 +317,7 @@ class RunConfig(_Section):
             ("attention.backend", self.attention.backend, list(BACKENDS)),
         ):
             if value not in choices:
-                hint = _did_you_mean(value, choices) or ";"
+                hint = did_you_mean(value, choices) or ";"
                 raise ValueError(f"{key} is {value!r}{hint} possible are {', '.join(choices)}")
         if self.parallel.plan == "single" and self.parallel.context > 1:
             raise ValueError(
@@ -586,7 +408,7 @@ class RunConfig(_Section):
                 f"{train.sequence_length}, which the longest rows have; lower it"
             )
         if isinstance(curriculum.odds, str) and curriculum.odds not in ODDS:
-            hint = _did_you_mean(curriculum.odds, list(ODDS)) or ";"
+            hint = did_you_mean(curriculum.odds, list(ODDS)) or ";"
             raise ValueError(
                 f"curriculum.odds is {curriculum.odds!r}{hint} possible are {', '.join(ODDS)} or a list of numbers"
             )
@@ -830,7 +652,7 @@ def _one_line(path: Path, error: ValidationError) -> str:
         if detail["type"] == "extra_forbidden":
             *section, name = detail["loc"]
             known = list(_section_at(section).model_fields)
-            problems.append(f"there is no key {key}{_did_you_mean(str(name), known)} (keys there: {', '.join(known)})")
+            problems.append(f"there is no key {key}{did_you_mean(str(name), known)} (keys there: {', '.join(known)})")
         elif detail["type"] == "missing":
             problems.append(f"{key} is required")
         elif detail["type"] == "value_error":
@@ -853,8 +675,3 @@ def _section_at(location: Sequence[Any]) -> type[BaseModel]:
             t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)
         )
     return section
-
-
-def _did_you_mean(value: str, choices: Sequence[str]) -> str:
-    near = get_close_matches(value, choices, 1)
-    return f", did you mean {near[0]!r}?" if near else ""

@@ -8,7 +8,8 @@ from farspan.data.corpus import Corpus
 from farspan.data.documents import Documents, Selection
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared
-from farspan.trainer.config import PartSection, RunConfig
+from farspan.trainer.config import RunConfig
+from farspan.trainer.data_config import PartSection
 
 
 def training_documents(config: RunConfig, prepared: Prepared) -> dict[str, Documents]:

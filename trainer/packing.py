@@ -10,7 +10,8 @@ from farspan.data.packed import PackedRows
 from farspan.data.prepared import Prepared
 from farspan.data.rows import RowSource
 from farspan.data.steps import Epochs, FixedSteps, SampleStream, Steps
-from farspan.trainer.config import BlendSection, RunConfig
+from farspan.trainer.config import RunConfig
+from farspan.trainer.data_config import BlendSection
 from farspan.trainer.documents import heldout_documents, training_documents
 
 
