@@ -23,6 +23,7 @@ from farspan.trainer.describe_backends import attention_problem
 from farspan.trainer.documents import check_documents
 from farspan.trainer.first_rows import training_steps
 from farspan.trainer.host_memory import check_host_memory
+from farspan.trainer.packing import heldout_rows
 from farspan.trainer.row_length import degrees_for_rows, for_rows
 
 
@@ -56,11 +57,11 @@ def check(config: RunConfig, processes: int) -> Preflight:
     _check_sparse_budgets(config)
     for shortage in short_splits(config, prepared):
         raise ConfigError(shortage)
-    if config.data.method == "decompose":
-        try:
-            training_steps(config, prepared)
-        except DataError as error:
-            raise ConfigError(str(error)) from error
+    try:
+        training_steps(config, prepared)
+        heldout_rows(config, prepared)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     longest = for_rows(config, config.train.sequence_length)
     if torch.cuda.is_available():
         shared = degrees_for_rows(config, degrees, config.train.sequence_length)

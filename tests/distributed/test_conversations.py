@@ -12,7 +12,6 @@ from support.pool import Pool
 from support.training import train_runs
 
 from farspan.data.corpus import Corpus
-from farspan.data.errors import DataError
 from farspan.data.prepared import load_prepared
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.packing import heldout_rows, packed_steps
@@ -118,5 +117,5 @@ def test_conversations_are_never_cut(tmp_path: Path, prepared: Path, data: dict[
 
 def test_conversations_that_are_all_too_long_are_an_error(tmp_path: Path, prepared: Path) -> None:
     train = {"sequence_length": 64, "tokens_per_step": 128}
-    with pytest.raises(DataError, match=r"none of .* documents fits into rows of train\.sequence_length 64"):
-        packed_steps(config_of(tmp_path, prepared, train=train), load_prepared(prepared))
+    with pytest.raises(ConfigError, match=r"none of .* documents fits into rows of train\.sequence_length 64"):
+        check(config_of(tmp_path, prepared, train=train), 1)
