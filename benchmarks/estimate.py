@@ -35,7 +35,8 @@ def cases(length: int, heads: int, kv_heads: int, segments: int) -> dict[str, Ca
     k = torch.randn(1, length, kv_heads, 128, device="cuda", dtype=torch.bfloat16)
     settings = VerticalSlash(segments=segments)
     estimator = Estimator(orders.contiguous(length, 1), masks.causal(length), settings, 0, None, "cuda")
-    probes, bits = estimator.probes, mass_bits(estimator.probes.rows)
+    probes = estimator.method.probes
+    bits = mass_bits(probes.rows)
     rows: Tensor = q[:, -probes.rows :].transpose(1, 2).contiguous()
     given = (rows, k, probes, 128**-0.5)
     lse = torch.full(rows.shape[:3], 30.0, device="cuda")

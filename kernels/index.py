@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farspan.kernels.bits import members
 from farspan.kernels.row_blocks import RowBlocks
 from farspan.kernels.tiles import TILE
 from farspan.kernels.transfer import to_device
@@ -22,6 +23,14 @@ class Index(Protocol):
     def block(self) -> int:
         """Positions of a tile's side."""
 
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
     def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
         """The part of one piece, for the query heads of the half-open range; of all heads when None."""
 
@@ -30,6 +39,12 @@ class Index(Protocol):
 
         For a kv head by any of its query heads. Where the mask hides part of a tile, a block may be named in vain.
         """
+
+    def selects(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """Bool `[B, H, rows, keys]`: whether rows compute keys that they see, by int64 positions of both."""
+
+    def density(self) -> Tensor:
+        """fp64 `[B, H]`: tiles of which something is computed over causal tiles, without single columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +88,9 @@ class Selection:
     of the table's places, it is not. `table` bool `[B, H, places]`, `row_at` int32 `[row tiles]`, `key_at` int32
     `[key tiles]`. `columns` int32 `[B, H, most]`: single keys that every row computes besides, as positions, ascending;
     past all of `k_positions` `[N]` where a head has fewer. None for an index without.
+
+    With `chunks` int32 `[B, H, words, rows]` a row computes only those of the tiles whose `key_at` is in its set of
+    bits, 32 a word. An index has not both columns and these.
     """
 
     table: Tensor
@@ -81,6 +99,7 @@ class Selection:
     columns: Tensor | None
     k_positions: Tensor
     block: int
+    chunks: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -106,6 +125,8 @@ class Selection:
         row = torch.arange(rows.start, rows.stop, device=self.table.device) // self.block
         key = torch.arange(keys.start, keys.stop, device=self.table.device)
         selected = self.tiles[:, :, row][:, :, :, key // self.block]
+        if self.chunks is not None:
+            selected &= members(self.chunks[..., rows].transpose(2, 3), self.key_at.long()[key // self.block])
         slots = self.slots
         if slots is None:
             return selected
@@ -136,8 +157,16 @@ class VerticalSlashIndex:
                 f"{tuple(self.diagonals.shape)} {self.diagonals.dtype}"
             )
 
+    @property
+    def heads(self) -> int:
+        return self.diagonals.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.diagonals.device
+
     def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
-        first, last = heads or (0, self.diagonals.shape[1])
+        first, last = heads or (0, self.heads)
         return Selection(
             self.diagonals[:, first:last],
             places.q_blocks,
@@ -157,9 +186,19 @@ class VerticalSlashIndex:
         with_column.scatter_(2, of_columns.unflatten(1, (kv_heads, -1)).flatten(2), True)
         return rows.reads(matrix[:, :, blocks - 1 - rows.numbers] | with_column[:, :, None, None, :-1])
 
+    def selects(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """Bool `[B, H, rows, keys]`: whether rows compute keys, of positions."""
+        distance = rows[:, None] // self.block - keys // self.block
+        inside = (distance >= 0) & (distance < self.diagonals.shape[2])
+        by_tile = self.diagonals[:, :, torch.where(inside, distance, 0)] & inside
+        wanted = keys.int().expand(*self.columns.shape[:2], -1).contiguous()
+        at = torch.searchsorted(self.columns, wanted)
+        found = self.columns.gather(2, at.clamp(max=self.columns.shape[2] - 1)) == wanted
+        return by_tile | found[:, :, None]
+
     def to_dense(self) -> Tensor:
         """Bool `[B, H, length, length]`: what is computed under a causal mask."""
-        return _dense(self, self.length, self.diagonals.device)
+        return dense(self, self.length)
 
     def density(self) -> Tensor:
         """fp64 `[B, H]`: selected tiles over causal tiles; columns are not tiles, see `column_counts`."""
@@ -172,33 +211,6 @@ class VerticalSlashIndex:
         return (self.columns < self.length).sum(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class BlockIndex:
-    """Tiles of any shape: `tiles` bool `[B, H, blocks, blocks]`, by block of rows and block of keys."""
-
-    tiles: Tensor
-    length: int
-    block: int = TILE
-
-    def at(self, places: Places, heads: tuple[int, int] | None = None) -> Selection:
-        first, last = heads or (0, self.tiles.shape[1])
-        blocks = self.tiles.shape[2]
-        q, k = (where.clamp(max=blocks - 1) for where in (places.q_blocks, places.k_blocks))
-        return Selection(self.tiles[:, first:last].flatten(2), q * blocks, k, None, places.k_positions, self.block)
-
-    def reads(self, rows: RowBlocks, kv_heads: int) -> Tensor:
-        return rows.reads(self.tiles.unflatten(1, (kv_heads, -1)).any(2)[:, :, rows.numbers])
-
-    def to_dense(self) -> Tensor:
-        """Bool `[B, H, length, length]`: what is computed under a causal mask."""
-        return _dense(self, self.length, self.tiles.device)
-
-    def density(self) -> Tensor:
-        """fp64 `[B, H]`: selected tiles over causal tiles."""
-        blocks = self.tiles.shape[2]
-        return self.tiles.tril().sum((2, 3)).double() / (blocks * (blocks + 1) // 2)
-
-
 def slots_of(wanted: Tensor, positions: Tensor) -> Tensor:
     """int64: where each of `wanted` stands in `positions` `[N]`, which ascends; N for those that do not."""
     slot = torch.searchsorted(positions, wanted.to(positions.dtype))
@@ -207,9 +219,10 @@ def slots_of(wanted: Tensor, positions: Tensor) -> Tensor:
     return torch.where(here, slot, len(positions))
 
 
-def _dense(index: Index, length: int, device: torch.device) -> Tensor:
+def dense(index: Index, length: int) -> Tensor:
+    """Bool `[B, H, length, length]`: what an index selects under a causal mask."""
     positions, whole = np.arange(length), slice(0, length)
-    return index.at(Places.of(positions, positions, index.block, device)).visible(whole, whole).tril()
+    return index.at(Places.of(positions, positions, index.block, index.device)).visible(whole, whole).tril()
 
 
 def _blocks(positions: np.ndarray, block: int) -> np.ndarray:

@@ -1,16 +1,17 @@
-"""What a vertical-slash index asks of each rank at each stage of a ring, counted exactly."""
+"""What an index asks of each rank at each stage of a ring, counted exactly."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import numpy as np
+import torch
 
-from farspan.kernels.index import VerticalSlashIndex
+from farspan.kernels.index import Index, Places, VerticalSlashIndex
 from farspan.parallel.orders import Order
 
 
-def work(index: VerticalSlashIndex, order: Order, row: int = 0) -> np.ndarray:
+def work(index: Index, order: Order, row: int = 0) -> np.ndarray:
     """(row, key) pairs that kernels compute, int64 `[query heads, world, stages]`, for one row of the batch.
 
     At stage s rank r has the keys of rank r - s. A selected tile counts whole; a column counts all rows at or behind
@@ -20,6 +21,13 @@ def work(index: VerticalSlashIndex, order: Order, row: int = 0) -> np.ndarray:
     rank r and block k of rank r - s lie on diagonal q - k = s mod world. So at stage s every rank works on the same
     diagonals, those of one residue class, and on each of them the ranks' tiles differ by at most one.
     """
+    found = _of_diagonals(index, order, row) if isinstance(index, VerticalSlashIndex) else _of_tiles(index, order, row)
+    ranks = np.arange(order.world)
+    return np.stack([found[:, ranks, (ranks - stage) % order.world] for stage in ranks], -1).astype(np.int64)
+
+
+def _of_diagonals(index: VerticalSlashIndex, order: Order, row: int) -> np.ndarray:
+    """fp64 `[query heads, world, world]`: pairs by the rank of the rows and that of the keys."""
     block, world = index.block, order.world
     owner, tiles, holds = _of_order(order, block)
     blocks = len(owner)
@@ -33,8 +41,20 @@ def work(index: VerticalSlashIndex, order: Order, row: int = 0) -> np.ndarray:
         behind = np.fft.irfft(holds * np.fft.rfft(~selected, 2 * blocks).conj(), 2 * blocks)[:, :blocks].round()
         for source in range(world):
             found[head, :, source] += block * (behind * (of_block * (owner == source))).sum(1)
-    ranks = np.arange(world)
-    return np.stack([found[:, ranks, (ranks - stage) % world] for stage in ranks], -1).astype(np.int64)
+    return found
+
+
+def _of_tiles(index: Index, order: Order, row: int) -> np.ndarray:
+    """Likewise for an index without columns, by its tiles, head by head on its device."""
+    owner = _owners(order, index.block)
+    positions = np.arange(len(owner) * index.block)
+    places = Places.of(positions, positions, index.block, index.device)
+    holds = torch.from_numpy(owner == np.arange(order.world)[:, None]).to(index.device, torch.float64)
+    found = []
+    for head in range(index.heads):
+        tiles = index.at(places, (head, head + 1)).tiles[row, 0].tril().double()
+        found.append(index.block**2 * (holds @ tiles @ holds.T))
+    return torch.stack(found).cpu().numpy()
 
 
 @lru_cache(4)

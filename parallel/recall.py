@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels import IntervalMask, to_device
-from farspan.kernels.index import VerticalSlashIndex
+from farspan.kernels.index import Index
 from farspan.parallel.orders import Order
 
 _KEYS = 4096  # scored at once
@@ -38,7 +38,7 @@ class Recall:
         self.mask = mask.at(positions, held).to(device)
 
     @torch.no_grad()
-    def __call__(self, q: Tensor, k: Tensor, index: VerticalSlashIndex, scale: float | None = None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, index: Index, scale: float | None = None) -> Tensor:
         """fp32 `[B, H, rows]`: the share of each row's attention that the index computes; 1 where a row sees nothing.
 
         q `[B, slots, H, D]` and k `[B, slots, Hkv, D]` are this rank's slots. Collective.
@@ -58,7 +58,7 @@ class Recall:
         for keys, scores in self._scores(rows, k):
             weights = (scores - highest[..., None]).exp()
             sums[0] += weights.sum(-1)
-            sums[1] += torch.where(self._selected(index, keys), weights, 0.0).sum(-1)
+            sums[1] += torch.where(index.selects(self.rows, self.columns[keys]), weights, 0.0).sum(-1)
         self._all(sums, dist.ReduceOp.SUM)
         return torch.where(sums[0] > 0, sums[1] / sums[0], 1.0)
 
@@ -69,17 +69,6 @@ class Recall:
             scores = torch.einsum("bpkgd,bnkd->bkgpn", rows, k[:, keys].float()).flatten(1, 2)
             seen = self.mask.visible(slice(0, len(self.rows)), keys)[:, None]
             yield keys, scores.masked_fill_(~seen, float("-inf"))
-
-    def _selected(self, index: VerticalSlashIndex, keys: slice) -> Tensor:
-        """Bool `[B, H, rows, keys]`."""
-        positions = self.columns[keys]
-        distance = self.rows[:, None] // index.block - positions // index.block
-        inside = (distance >= 0) & (distance < index.diagonals.shape[2])
-        by_tile = index.diagonals[:, :, torch.where(inside, distance, 0)] & inside
-        wanted = positions.int().expand(*index.columns.shape[:2], -1).contiguous()
-        at = torch.searchsorted(index.columns, wanted)
-        found = index.columns.gather(2, at.clamp(max=index.columns.shape[2] - 1)) == positions
-        return by_tile | found[:, :, None]
 
     def _all(self, x: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self.group is not None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.data.prepared import load_prepared
-from farspan.kernels.index import VerticalSlashIndex
+from farspan.kernels.index import Index, VerticalSlashIndex
 from farspan.kernels.tiles import TILE
 from farspan.models.config import ModelConfig
 from farspan.models.decoder import Decoder
@@ -48,6 +48,11 @@ def check(request: Request) -> tuple[RunConfig, Degrees]:
     if config.attention.sparse is None:
         raise ConfigError(
             "there is nothing to calibrate: give the mass that heads are to cover, such as attention.sparse.mass=0.9"
+        )
+    if config.attention.sparse.estimator != "vertical_slash":
+        raise ConfigError(
+            f"attention.sparse.estimator {config.attention.sparse.estimator} has no budgets to calibrate; set it to "
+            "vertical_slash"
         )
     if config.attention.sparse.budgets is not None:
         raise ConfigError("attention.sparse.budgets are what calibrate finds; set it to null")
@@ -97,7 +102,8 @@ def _measure(
     assert settings is not None
     needed: dict[int, list[Tensor]] = defaultdict(list)
 
-    def note(layer: int, index: VerticalSlashIndex) -> None:
+    def note(layer: int, index: Index) -> None:
+        assert isinstance(index, VerticalSlashIndex)
         always = settings.local_blocks, min(settings.sinks, index.length)
         diagonals, columns = index.diagonals[..., always[0] :].sum(-1), index.column_counts() - always[1]
         needed[layer].append(torch.stack([columns, diagonals])[:, 0])

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from farspan.data.curriculum import ODDS
 from farspan.kernels import BACKENDS
-from farspan.kernels.estimate import VerticalSlash
+from farspan.kernels.estimate import MoBA, Settings, VerticalSlash, XAttention
 from farspan.kernels.tiles import TILE
 from farspan.models.config import ModelConfig, RecomputeMode
 from farspan.parallel.cluster import load_cluster
@@ -171,11 +179,19 @@ class WindowSection(Section):
     """Layers, from 0, that see all of a document (or with `attention.star` its blocks), between those with windows."""
 
 
-class SparseSection(Section):
-    """Dynamic sparse attention, MTraining's vertical-slash pattern (docs/sparse-attention.md)."""
+ESTIMATORS: dict[str, type[Settings]] = {"vertical_slash": VerticalSlash, "xattention": XAttention, "moba": MoBA}
 
+
+class SparseSection(Section):
+    """Dynamic sparse attention (docs/sparse-attention.md). Keys of an estimator are for that one alone."""
+
+    estimator: Literal["vertical_slash", "xattention", "moba"] = "vertical_slash"
+    """What a selection is, and from what it is estimated: diagonals of tiles and single columns, from the attention of
+    some rows (`vertical_slash`, MTraining); tiles, from sums over antidiagonals (`xattention`); chunks of keys for each
+    token, from their mean keys (`moba`)."""
     mass: float = Field(0.9, gt=0, le=1)
-    """Share of what the probe rows attend to that each head's selection computes, unless a cap stops it."""
+    """`vertical_slash`, as are the following keys up to `most_diagonals`, and `budgets`: share of what the probe rows
+    attend to that each head's selection computes, unless a cap stops it."""
     probes: Literal[16, 32, 64, 128] = 64
     """Rows of a probe set, from whose attention a selection is estimated: the last ones of a sequence."""
     segments: int = Field(1, gt=0)
@@ -190,6 +206,14 @@ class SparseSection(Section):
     """Single keys that a head selects at most; 128 of them cost as much as a diagonal."""
     most_diagonals: int = Field(512, gt=0)
     """Diagonals of tiles that a head selects at most."""
+    stride: Literal[4, 8, 16, 32, 64] = 16
+    """`xattention`: tokens of a cell's side, within which one antidiagonal stands for attention."""
+    threshold: float = Field(0.9, gt=0, le=1)
+    """`xattention`: share of the attention between cells that a block of rows computes."""
+    chunk: int = Field(4096, gt=0, multiple_of=TILE)
+    """`moba`: tokens of a chunk."""
+    top_k: int = Field(12, gt=0)
+    """`moba`: chunks that a token computes at most, its own one among them."""
     budgets: Path | None = None
     """A file of `farspan calibrate`: heads select as many columns and diagonals as that says, whatever their mass."""
     refresh: int = Field(1, gt=0)
@@ -214,8 +238,30 @@ class SparseSection(Section):
         return sorted(set(full) - set(self.dense_layers))
 
     @property
-    def settings(self) -> VerticalSlash:
-        return VerticalSlash(**{field.name: getattr(self, field.name) for field in fields(VerticalSlash)})
+    def settings(self) -> Settings:
+        method = ESTIMATORS[self.estimator]
+        return method(**{field.name: getattr(self, field.name) for field in fields(method)})
+
+    @model_validator(mode="after")
+    def _check_estimator(self) -> SparseSection:
+        for name in ESTIMATORS:
+            given = [key for key in _own_keys(name) if key in self.model_fields_set]
+            if name != self.estimator and given:
+                raise ValueError(
+                    f"attention.sparse.{given[0]} is for attention.sparse.estimator {name}, and this is "
+                    f"{self.estimator}; leave it out, or set attention.sparse.estimator to {name}"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_keys_of_others(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        others = {key for name in ESTIMATORS if name != self.estimator for key in _own_keys(name)}
+        return {key: value for key, value in dump(self).items() if key not in others}
+
+
+def _own_keys(estimator: str) -> list[str]:
+    """What only this estimator reads."""
+    return [field.name for field in fields(ESTIMATORS[estimator])] + ["budgets"] * (estimator == "vertical_slash")
 
 
 class AttentionSection(Section):
@@ -552,6 +598,11 @@ class RunConfig(Section):
             raise ValueError(
                 "attention.sparse.dense_layers and attention.window leave no layer for attention.sparse; name fewer, "
                 "or leave out attention.sparse"
+            )
+        if sparse.estimator == "moba" and sparse.top_k * sparse.chunk >= self.train.sequence_length:
+            raise ValueError(
+                f"attention.sparse.top_k {sparse.top_k} chunks of attention.sparse.chunk {sparse.chunk} tokens are all "
+                f"of train.sequence_length {self.train.sequence_length}; lower one of them"
             )
         if sparse.dense_steps and self.memory.keep_layers == "auto":
             raise ValueError(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farspan.kernels import estimate, to_device
-from farspan.kernels.index import VerticalSlashIndex
+from farspan.kernels.index import Index
 from farspan.models.attention import Selector
 from farspan.parallel.estimate import Estimator
 from farspan.parallel.recall import Recall
@@ -32,7 +32,7 @@ class Selected:
 
     step: int
     estimated: int
-    index: VerticalSlashIndex
+    index: Index
     recall: Tensor | None
     sieve: Sieve | None = None
 
@@ -64,7 +64,7 @@ class SparseAttention:
         self._on_device: dict[int, estimate.Budgets] = {}
         self.newest: dict[int, Selected] = {}
         self.step, self.training = 0, True
-        self.watch: Callable[[int, VerticalSlashIndex], None] | None = None
+        self.watch: Callable[[int, Index], None] | None = None
         """Is told what a layer would select, while attention stays dense."""
 
     def begin(self, step: int, training: bool) -> None:
@@ -99,7 +99,7 @@ class SparseAttention:
         return self._on_device[layer]
 
     def _selector(self, layer: int, sight: Sight) -> Selector:
-        def select(q: Tensor, k: Tensor) -> VerticalSlashIndex | None:
+        def select(q: Tensor, k: Tensor) -> Index | None:
             if self.watch is not None:
                 self.watch(layer, sight.estimator(q, k)[0])
                 return None

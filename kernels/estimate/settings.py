@@ -1,10 +1,13 @@
-"""What a user sets of the estimation of sparse indexes."""
+"""What a user sets of the choice of sparse indexes, one class a method."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from farspan.kernels.tiles import TILE
+
 _PROBES = (16, 32, 64, 128)
+_STRIDES = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -38,3 +41,40 @@ class VerticalSlash:
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"attention.sparse.{name} is at least {lowest}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class XAttention:
+    """How XAttention chooses tiles: `stride` tokens are a side of a cell, and `threshold` a share of the cells' mass.
+
+    The defaults are those of MTraining's comparison.
+    """
+
+    stride: int = 16
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.stride not in _STRIDES:
+            raise ValueError(f"attention.sparse.stride must be one of {_STRIDES}, got {self.stride}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"attention.sparse.threshold is a share above 0 and at most 1, got {self.threshold}")
+
+
+@dataclass(frozen=True)
+class MoBA:
+    """How MoBA chooses: chunks of `chunk` tokens, of which a row computes `top_k`, its own one among them.
+
+    The defaults are those of MTraining's comparison at 512K tokens, 9.4 % of a row.
+    """
+
+    chunk: int = 4096
+    top_k: int = 12
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or self.chunk % TILE:
+            raise ValueError(f"attention.sparse.chunk is a multiple of {TILE} tokens, got {self.chunk}")
+        if self.top_k < 1:
+            raise ValueError(f"attention.sparse.top_k is at least 1, got {self.top_k}")
+
+
+Settings = VerticalSlash | XAttention | MoBA

@@ -46,7 +46,7 @@ def attend(call: ForwardCall) -> tuple[Tensor, Tensor]:
         out, lse = call.accumulate
     accumulates = call.accumulate is not None
     tiles = _tiles(call)
-    if not hopper.takes(q, v):
+    if not _by_hopper(call):
         portable.forward(q, k, v, tiles, call.scale, out, lse, accumulates)
         return out, lse
     base = (out, lse) if accumulates else None
@@ -63,7 +63,7 @@ def attend_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     adds = (totals[0] is not None, totals[1] is not None, totals[2] is not None)
     lse, delta = last_contiguous(call.lse), last_contiguous(call.delta)
     given = (call.dout, q, k, v, lse, delta, _tiles(call), call.scale)
-    if not hopper.takes(q, v):
+    if not _by_hopper(call):
         portable.backward(*given, (dq, dk, dv), adds)
         return dq, dk, dv
     bases = totals
@@ -73,6 +73,11 @@ def attend_backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         portable.backward(*given, bases, adds, columns_alone=True)
     hopper.backward(*given, (dq, dk, dv), bases)
     return dq, dk, dv
+
+
+def _by_hopper(call: ForwardCall | BackwardCall) -> bool:
+    """Its kernels take an index's tiles as they are, whichever row computes them."""
+    return hopper.takes(call.q, call.v) and (call.index is None or call.index.chunks is None)
 
 
 def _has_columns(index: Selection | None) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farspan.kernels.index import Selection
 from farspan.kernels.masks import IntervalMask
-from farspan.kernels.tiles import TILE, TileLists, TileMap
+from farspan.kernels.tiles import TILE, Kind, TileLists, TileMap
 from farspan.kernels.triton.lists import columns_kernel, groups_kernel, ranges_kernel, tiles_kernel
 
 # Tiles that a program of the lists takes at once: of the side whose lists these are, and of the other side. A list by
@@ -120,6 +120,8 @@ class SelectedTiles:
 
     def _lists(self, lines: int, own_at: Tensor, other_at: Tensor, axes: tuple[int, int]) -> TileLists:
         table, kinds = self.selection.table, self.of_mask.kinds
+        if self.selection.chunks is not None:  # each element is tested for its row's
+            kinds = kinds.clamp(max=Kind.PARTIAL)
         own, other, batch = len(own_at), len(other_at), self.batch
         lists, group = batch * lines * own, table.shape[1] // lines
         at_once = _OWN if group == 1 else _OWN_OF_GROUP

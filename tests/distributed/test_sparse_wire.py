@@ -17,7 +17,8 @@ from support.pool import Pool
 from support.run_plan import run_plan
 
 from farspan.kernels import masks
-from farspan.kernels.index import BlockIndex, VerticalSlashIndex
+from farspan.kernels.block_index import BlockIndex
+from farspan.kernels.index import VerticalSlashIndex
 from farspan.parallel import execute, orders, plans
 from farspan.parallel.plan import Plan
 from farspan.parallel.sieve import Sieve, bytes_sent
@@ -147,7 +148,7 @@ def check_blocks(rank: int, world: int) -> tuple[float, int, int, int]:
     blocks = length // BLOCK
     tiles = torch.rand(BATCH, heads[0], blocks, blocks, generator=torch.Generator().manual_seed(1)) < 0.1
     tiles |= torch.eye(blocks, dtype=torch.bool)
-    index = BlockIndex(tiles, length, BLOCK)
+    index = BlockIndex.of(tiles, length, BLOCK)
     selected = tiles.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
     plan = plans.build("ring", order, mask.mask, heads)
     return tuple(compare(rank, plan, order, mask, IndexCase("tiles", index, selected)))  # type: ignore[return-value, arg-type]

@@ -7,7 +7,10 @@ from support.index_cases import index_cases
 from support.oracle import dense_attention, difference, mask_cases, random_qkv
 
 from farspan.kernels import attend, attend_backward, masks, merge
-from farspan.kernels.index import BlockIndex, Places
+from farspan.kernels.bits import packed
+from farspan.kernels.block_index import BlockIndex
+from farspan.kernels.chunk_index import ChunkIndex
+from farspan.kernels.index import Places
 from farspan.kernels.row_blocks import RowBlocks
 from farspan.parallel import orders
 
@@ -89,10 +92,15 @@ def test_some_heads_of_an_index() -> None:
 def test_a_block_index_selects_its_tiles() -> None:
     blocks = -(-LENGTH // BLOCK)
     tiles = torch.rand(1, HEADS[0], blocks, blocks, generator=torch.Generator().manual_seed(1)) < 0.4
-    index = BlockIndex(tiles, LENGTH, BLOCK)
+    index = BlockIndex.of(tiles, LENGTH, BLOCK)
     position = torch.arange(LENGTH) // BLOCK
-    assert torch.equal(index.to_dense(), tiles[:, :, position][:, :, :, position].tril())
-    assert index.density().shape == (1, HEADS[0])
+    dense = tiles[:, :, position][:, :, :, position].tril()
+    assert torch.equal(index.to_dense(), dense)
+    assert torch.equal(index.density(), tiles.tril().sum((2, 3)).double() / (blocks * (blocks + 1) // 2))
+    rows, keys = torch.tensor([0, 9, 33, 60]), torch.arange(3, 61, 4)
+    assert torch.equal(index.selects(rows, keys) & (keys <= rows[:, None]), dense[:, :, rows][..., keys])
+    with pytest.raises(ValueError, match=r"over 61 tokens has 8 sets of blocks"):
+        BlockIndex(index.words[:, :, :5], LENGTH, BLOCK)
 
 
 @pytest.mark.parametrize("mask_name", ["causal", "documents", "full"])
@@ -130,3 +138,21 @@ def test_an_index_that_does_not_fit_is_refused() -> None:
     q, k, v, _ = random_qkv(LENGTH, HEADS, 8)
     with pytest.raises(ValueError, match=r"does not fit q"):
         attend(q, k, v, masks.causal(LENGTH), index=case.index.at(Places.of(range(LENGTH), range(LENGTH), BLOCK)))
+
+
+def test_groups_read_the_tiles_and_the_chunks_of_other_indexes() -> None:
+    """`reads` of an index of tiles, and of one of chunks of two blocks that each row chooses by itself."""
+    generator, length, block = torch.Generator().manual_seed(2), 8 * BLOCK, BLOCK
+    mask, blocks = masks.causal(length), torch.arange(8)
+    tiles = (torch.rand(1, 4, 8, 8, generator=generator) < 0.3).tril() | torch.eye(8, dtype=torch.bool)
+    chunks = torch.rand(1, 4, length, 4, generator=generator) < 0.1
+    chunks &= torch.arange(4) <= torch.arange(length)[:, None] // (2 * block)
+    chunks[:, :, torch.arange(length), torch.arange(length) // (2 * block)] = True
+    by_chunk = ChunkIndex(packed(chunks).transpose(2, 3), length, 2 * block, block)
+    chosen = chunks[..., blocks // 2].unflatten(2, (8, block)).any(3) & (blocks <= blocks[:, None])
+    rows = RowBlocks.of([np.array([0, 5]), np.array([2]), np.array([7, 3, 1])], mask, block, "cpu")
+    for index, expected in ((BlockIndex.of(tiles, length, block), tiles), (by_chunk, chosen)):
+        of_kv = expected.unflatten(1, (2, -1)).any(2)
+        found = index.reads(rows, 2)
+        for group, members in enumerate(([0, 5], [2], [7, 3, 1])):
+            assert torch.equal(found[:, :, group], of_kv[:, :, members].any(2))

@@ -14,6 +14,8 @@ from support.oracle import MaskCase, dense_attention, mask_cases, random_qkv
 from torch import Tensor
 
 from farspan.kernels import IntervalMask, attend, attend_backward, masks, merge
+from farspan.kernels.bits import packed
+from farspan.kernels.chunk_index import ChunkIndex
 from farspan.kernels.index import Places, Selection
 from farspan.kernels.tiles import TILE, TileMap
 from farspan.kernels.triton.portable import launch, shapes
@@ -53,8 +55,8 @@ def tensors(length: int, heads: tuple[int, int], dim: int, dtype: torch.dtype, b
 
 
 def to_device(selection: Selection) -> Selection:
-    *tensors, block = (getattr(selection, field.name) for field in fields(selection))
-    return Selection(*(None if x is None else x.to(DEVICE) for x in tensors), block)
+    given = (getattr(selection, field.name) for field in fields(selection))
+    return Selection(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in given))
 
 
 def drawn(tiles: Tensor, columns: Tensor | None, block: int = TILE) -> Selection:
@@ -316,3 +318,41 @@ def test_another_block_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"a sparse index of 128-token tiles, got one of 64; set it to auto") as caught:
         attend(q, q, q, masks.causal(64).to(DEVICE), index=selection, backend="triton")
     assert "\n" not in str(caught.value)
+
+
+def chunk_case(length: int, heads: int, chunk: int, batch: int = 1) -> tuple[ChunkIndex, Tensor]:
+    """An index of chunks by draw, a row's own always among them, and what it selects by definition."""
+    generator = torch.Generator().manual_seed(length)
+    blocks, position = -(-length // TILE), torch.arange(length)
+    chosen = torch.rand(batch, heads, blocks * TILE, -(-length // chunk), generator=generator) < 0.4
+    chosen[:, :, torch.arange(blocks * TILE), (torch.arange(blocks * TILE) // chunk).clamp(max=chosen.shape[3] - 1)] = (
+        True
+    )
+    chosen[:, :, length:] = False
+    index = ChunkIndex(packed(chosen).transpose(2, 3).contiguous(), length, chunk)
+    return index, chosen[:, :, :length][..., position // chunk]
+
+
+@pytest.mark.usefixtures("wide_blocks")
+@pytest.mark.parametrize(
+    ("mask_name", "dim", "group", "chunk", "batch"),
+    [("causal", 64, 4, 128, 1), ("documents", 64, 1, 256, 2), ("window", 128, 2, 128, 1), ("causal", 128, 1, 256, 1)],
+)
+def test_each_row_computes_its_chunks(mask_name: str, dim: int, group: int, chunk: int, batch: int) -> None:
+    length = 290
+    mask, (index, chosen) = of_mask(mask_name, length), chunk_case(length, group, chunk, batch)
+    inputs = tensors(length, (group, 1), dim, torch.float32, batch)
+    selection = to_device(index.at(Places.of(range(length), range(length))))
+    check(run(inputs, mask.mask, selection), inputs, chosen & mask.allowed[:, None])
+
+
+@pytest.mark.usefixtures("wide_blocks")
+def test_each_row_computes_its_chunks_of_a_piece() -> None:
+    """The rows of one rank against the keys of another, whose tiles are no neighbours."""
+    length, world = 8 * TILE, 2
+    order, mask, (index, chosen) = orders.striped(length, world, TILE), masks.causal(length), chunk_case(length, 2, 256)
+    rows, keys = order.positions[1], order.positions[0]
+    inputs = tensors(length // world, (2, 1), 64, torch.float32)
+    seen = mask.visible(slice(0, length), slice(0, length))[:, rows][:, :, keys]
+    selection = to_device(index.at(Places.of(rows, keys)))
+    check(run(inputs, mask.at(rows, keys), selection), inputs, chosen[:, :, rows][..., keys] & seen[:, None])

@@ -94,6 +94,21 @@ def test_a_run_with_sparse_attention(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("keys", ["estimator: xattention, threshold: 0.5", "estimator: moba, chunk: 128, top_k: 2"])
+def test_a_run_with_another_estimator(tmp_path: Path, keys: str) -> None:
+    path, run = config(tmp_path), tmp_path / "run"
+    farspan("train", str(path), f"attention.sparse={{{keys}, report_every: 2}}", "train.steps=2", "checkpoint.every=2")
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < row["sparse_density"] <= 1
+    assert 0.3 < row["sparse_recall"] <= 1
+    assert 1 <= row["sparse_imbalance_ranks"] <= row["sparse_imbalance_lockstep"]
+    assert "sparse_columns" not in row
+    farspan("train", str(run / "config.yaml"), "train.steps=3", "attention.sparse.refresh=2")
+    said = farspan("calibrate", str(run), "--rows", "1", "--output", str(tmp_path / "budgets.yaml"), code=2)
+    assert "has no budgets to calibrate; set it to vertical_slash" in said
+
+
+@pytest.mark.full
 def test_an_order_that_tears_tiles_apart_is_refused(tmp_path: Path) -> None:
     short = ("train.sequence_length=500", "train.tokens_per_step=500")
     said = farspan("train", str(config(tmp_path)), "parallel.order=zigzag", *short, code=2)

@@ -40,6 +40,7 @@ _COLUMNS = (
     *("table_stride_b", "table_stride_h", "table_places", "columns_stride_b"),
     *("column_places", "dk_columns", "dv_columns", "most"),
 )
+_CHUNKS = ("chunks", "chunks_stride_b", "chunks_stride_h", "key_at")
 _LISTS = ("full_start", "full_tiles", "partial_start", "partial_tiles", "longest_first")
 
 
@@ -130,14 +131,16 @@ def _gluon_signature(kernel: Any, dim: int, boxes: dict[str, int]) -> dict[str, 
 
 
 def portable_kernels(dim: int) -> None:
-    for kind in ("dense", "lists", "sparse", "columns"):
+    for kind in ("dense", "lists", "sparse", "columns", "chunks"):
         walk = {"TILES": kind != "columns", "LISTS": kind != "dense", "COLUMNS": kind in ("sparse", "columns")}
+        walk |= {"CHUNKS": kind == "chunks"}
         rows = {**walk, "ACCUMULATE": False}
         portable_kernel(f"forward {dim} {kind}", portable_forward.forward_kernel, dim, forward_shape(dim, 2), rows)
         portable_kernel(f"dq {dim} {kind}", portable_backward.dq_kernel, dim, dq_shape(dim, 2), rows)
-        keys = {**walk, "SPARSE": walk["COLUMNS"], "ACCUMULATE_DK": False, "ACCUMULATE_DV": False}
+        keys = {**walk, "SPARSE": walk["COLUMNS"] or walk["CHUNKS"], "ACCUMULATE_DK": False, "ACCUMULATE_DV": False}
         portable_kernel(f"dkdv {dim} {kind}", portable_backward.dkdv_kernel, dim, dkdv_shape(dim, 2), keys)
-    portable_kernel(f"columns {dim} sparse", column_kernel, dim, column_shape(dim, 2), {"COLUMNS": True})
+    columns = {"COLUMNS": True, "CHUNKS": False}
+    portable_kernel(f"columns {dim} sparse", column_kernel, dim, column_shape(dim, 2), columns)
 
 
 def portable_kernel(name: str, kernel: Any, dim: int, shape: Shape, own: dict[str, Any]) -> None:
@@ -146,6 +149,7 @@ def portable_kernel(name: str, kernel: Any, dim: int, shape: Shape, own: dict[st
     constants = {
         **own,
         **({} if own["COLUMNS"] else dict.fromkeys(_COLUMNS)),
+        **({} if own["CHUNKS"] else dict.fromkeys(_CHUNKS)),
         "GROUP": 4,
         "PRECISION": "ieee",
         "DIM": dim,
@@ -158,7 +162,7 @@ def portable_kernel(name: str, kernel: Any, dim: int, shape: Shape, own: dict[st
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {**_scalars(kernel), **descriptors}
-    if own["COLUMNS"]:
+    if own["COLUMNS"] or own["CHUNKS"]:
         signature |= {"full_start": "*i64", "partial_start": "*i64"}
     if kernel is column_kernel:
         signature |= {"dk": "*fp32", "dv": "*fp32"}
@@ -183,7 +187,7 @@ def estimate_kernels(dim: int) -> None:
 def _scalars(kernel: Any) -> dict[str, str]:
     """Types of all arguments that are neither descriptors nor constants."""
     pointers = dict.fromkeys((*_BOUNDS, *_LISTS), "*i32") | dict.fromkeys(("out", "dq", "dk", "dv"), "*bf16")
-    pointers |= {"sums": "*fp32", "counters": "*i32"}
+    pointers |= {"sums": "*fp32", "counters": "*i32", "chunks": "*i32", "key_at": "*i32"}
     pointers |= dict.fromkeys(("out_base", "lse_base", "dq_base", "dk_base", "dv_base"), "*fp32")
     pointers |= dict.fromkeys(_COLUMNS, "*i32") | dict.fromkeys(("k", "v", "k_rows", "v_rows"), "*bf16")
     pointers |= dict.fromkeys(("table_stride_b", "table_stride_h", "table_places", "columns_stride_b"), "i32")

@@ -152,6 +152,22 @@ def test_all_problems_come_in_one_line(path: Path) -> None:
         ),
         (["attention.sparse.mass=1.5"], "attention.sparse.mass is 1.5: input should be less than or equal to 1"),
         (["attention.sparse.probes=50"], "attention.sparse.probes is 50: input should be 16, 32, 64 or 128"),
+        (["attention.sparse.estimator=mobba"], "attention.sparse.estimator is 'mobba'"),
+        (["attention.sparse.stride=12"], "attention.sparse.stride is 12: input should be 4, 8, 16, 32 or 64"),
+        (["attention.sparse.chunk=100"], "attention.sparse.chunk is 100: input should be a multiple of 128"),
+        (
+            ["attention.sparse.estimator=xattention", "attention.sparse.mass=0.9"],
+            "attention.sparse.mass is for attention.sparse.estimator vertical_slash, and this is xattention; leave it",
+        ),
+        (
+            ["attention.sparse.estimator=moba", "attention.sparse.budgets=budgets.yaml"],
+            "attention.sparse.budgets is for attention.sparse.estimator vertical_slash, and this is moba",
+        ),
+        (["attention.sparse.top_k=3"], "attention.sparse.top_k is for attention.sparse.estimator moba, and this is"),
+        (
+            ["attention.sparse.estimator=moba"],
+            "top_k 12 chunks of attention.sparse.chunk 4096 tokens are all of train.",
+        ),
         (["attention.sparse.mass=0.9", "attention.star.block=8"], "leave out one of them"),
         (["attention.sparse.mass=0.9", "parallel.plan=group_cast"], "set parallel.plan to ring, hierarchical_ring"),
         (
@@ -306,7 +322,11 @@ def test_the_resolved_configuration_reads_back_as_the_same(path: Path, tmp_path:
         "parallel.inner=2",
         "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}, wall_clock_breakdown: false}",
     ]
-    for number, overrides in enumerate(([], elsewhere, ["deepspeed=extra.json"], ["model.vocabulary_size=null"])):
+    sparse = [["attention.sparse.mass=0.8"], ["attention.sparse={estimator: moba, chunk: 256, top_k: 2}"]]
+    sparse = [[*keys, "train.sequence_length=1024", "train.tokens_per_step=1024"] for keys in sparse]
+    for number, overrides in enumerate(
+        ([], elsewhere, *sparse, ["deepspeed=extra.json"], ["model.vocabulary_size=null"])
+    ):
         config = load_config(path, overrides)
         resolved = tmp_path / f"resolved{number}.yaml"
         resolved.write_text(dump_config(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from farspan.kernels.index import VerticalSlashIndex
 from farspan.parallel.balance import imbalance, stage_imbalance, step_imbalance
 from farspan.parallel.index_work import work
 from farspan.parallel.sieve import bytes_sent
@@ -27,8 +28,11 @@ class Sparseness:
             return
         tensor, order = trainer.mesh.tensor, sharing.arrangement.order()
         density = of_all_heads(torch.stack([selected.index.density()[0] for selected in found.values()]), tensor)
-        columns = of_all_heads(torch.stack([s.index.column_counts()[0].double() for s in found.values()]), tensor)
-        record.further |= {"sparse_density": float(density.mean()), "sparse_columns": float(columns.mean())}
+        record.further["sparse_density"] = float(density.mean())
+        indexes = [selected.index for selected in found.values()]
+        counts = [index.column_counts()[0].double() for index in indexes if isinstance(index, VerticalSlashIndex)]
+        if counts:
+            record.further["sparse_columns"] = float(of_all_heads(torch.stack(counts), tensor).mean())
         for layer, line in zip(found, density):
             record.further[f"sparse_density_layer_{layer:02d}"] = float(line.mean())
         recalls = [selected.recall.mean((0, 2)).double() for selected in found.values() if selected.recall is not None]

@@ -13,6 +13,7 @@ import triton.language as tl
 from farspan.kernels.triton.portable.columns import chosen, column_walk, gathered
 from farspan.kernels.triton.portable.walk import (
     block_of,
+    computed,
     key_walk,
     listed_place,
     of_member,
@@ -71,6 +72,10 @@ def dq_kernel(
     table_places,
     row_at,
     most,  # columns of a head
+    chunks,  # Selection.chunks
+    chunks_stride_b,
+    chunks_stride_h,
+    key_at,
     rows,
     keys,
     offset,
@@ -80,6 +85,7 @@ def dq_kernel(
     TILES: tl.constexpr,
     LISTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     DIM: tl.constexpr,
@@ -128,7 +134,11 @@ def dq_kernel(
         v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         p = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        p = tl.where(visible(key + tl.arange(0, BLOCK_N), bounds, 0), p, 0.0)
+        seen = visible(key + tl.arange(0, BLOCK_N), bounds, 0)
+        if CHUNKS:
+            own = computed(chunks, chunks_stride_b, chunks_stride_h, key_at, batch, head, row, rows, key, TILE)
+            seen = seen & own[:, None]
+        p = tl.where(seen, p, 0.0)
         ds = p * (tl.dot(dout, v.T, input_precision=PRECISION) - row_delta[:, None])
         total = tl.dot(ds.to(k.dtype), k, total, input_precision=PRECISION)
 
@@ -195,6 +205,10 @@ def dkdv_kernel(
     dk_columns,  # [B, H, most, D]: what each query head gives to its columns, as made by the column kernel
     dv_columns,  # [B, H, most, Dv]
     most,
+    chunks,  # Selection.chunks
+    chunks_stride_b,
+    chunks_stride_h,
+    key_at,
     rows,
     keys,
     offset,
@@ -205,6 +219,7 @@ def dkdv_kernel(
     LISTS: tl.constexpr,
     SPARSE: tl.constexpr,  # the lists are of a sparse index
     COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ACCUMULATE_DK: tl.constexpr,
     ACCUMULATE_DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -267,7 +282,13 @@ def dkdv_kernel(
             )
             scores = tl.dot(k, q.T, input_precision=PRECISION)
             p = tl.exp2(scores * scale_log2 - row_lse[None, :])
-            p = tl.where(visible(key, bounds, 1), p, 0.0)
+            seen = visible(key, bounds, 1)
+            if CHUNKS:
+                own = computed(
+                    chunks, chunks_stride_b, chunks_stride_h, key_at, batch, head, row, rows, first_key, TILE
+                )
+                seen = seen & own[None, :]
+            p = tl.where(seen, p, 0.0)
             dv_total = tl.dot(p.to(dout.dtype), dout, dv_total, input_precision=PRECISION)
             ds = p * (tl.dot(v, dout.T, input_precision=PRECISION) - row_delta[None, :])
             dk_total = tl.dot(ds.to(q.dtype), q, dk_total, input_precision=PRECISION)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from farspan.kernels.triton.portable.columns import chosen, column_walk, gathered
-from farspan.kernels.triton.portable.walk import block_of, row_bounds, row_walk, visible
+from farspan.kernels.triton.portable.walk import block_of, computed, row_bounds, row_walk, visible
 from farspan.kernels.triton.rows import merge_weights
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -60,6 +60,10 @@ def forward_kernel(
     table_places,
     row_at,
     most,  # columns of a head
+    chunks,  # Selection.chunks
+    chunks_stride_b,
+    chunks_stride_h,
+    key_at,
     rows,
     keys,
     offset,
@@ -68,6 +72,7 @@ def forward_kernel(
     TILES: tl.constexpr,  # else nothing but columns
     LISTS: tl.constexpr,  # visit the tiles of the lists; else row q sees [0, min(q + 1 + offset, keys))
     COLUMNS: tl.constexpr,  # a sparse index has columns besides its tiles
+    CHUNKS: tl.constexpr,  # of its tiles each row computes those of its chunks; none is listed as seen in full
     ACCUMULATE: tl.constexpr,  # merge into what out and lse hold
     PRECISION: tl.constexpr,
     DIM: tl.constexpr,
@@ -111,6 +116,9 @@ def forward_kernel(
         v = v_desc.load([batch, kv_head, key, 0]).reshape(BLOCK_N, PADDED_VALUE_DIM)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         seen = visible(key + tl.arange(0, BLOCK_N), bounds, 0)
+        if CHUNKS:
+            own = computed(chunks, chunks_stride_b, chunks_stride_h, key_at, batch, head, row, rows, key, TILE)
+            seen = seen & own[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         total, highest, weight = _online_softmax(scores, v, total, highest, weight, scale_log2, PRECISION)
 

@@ -50,6 +50,7 @@ def forward(
         *strided(lse, (0, 1)),
         **_lists(tiles, True, columns_alone),
         **_columns(k, v, tiles),
+        **_chunks(tiles),
         rows=rows,
         keys=k.shape[1],
         **_constants(q, k, v, scale, shape),
@@ -102,6 +103,7 @@ def gradient_of_queries(
         *strided(dq, (0, 2, 1)),
         **_lists(tiles, True, columns_alone),
         **_columns(k, v, tiles),
+        **_chunks(tiles),
         rows=rows,
         keys=k.shape[1],
         scale=scale,
@@ -139,6 +141,7 @@ def gradients_of_keys(
         *strided(dv, (0, 2, 1)),
         **_lists(tiles, False, columns_alone),
         **of_columns,
+        **_chunks(tiles),
         rows=q.shape[1],
         keys=keys,
         scale=scale,
@@ -228,6 +231,17 @@ def _columns(k: Tensor, v: Tensor, tiles: Tiles) -> dict[str, Any]:
     rows = (*strided(rows_in_steps_of_16_bytes(k), (0, 2, 1)), *strided(rows_in_steps_of_16_bytes(v), (0, 2, 1)))
     ranges = dict(zip(("column_first", "column_stop"), columns.of_row_tiles))
     return {**dict(zip(names, rows)), **_of_columns(columns), **ranges, "COLUMNS": True}
+
+
+def _chunks(tiles: Tiles) -> dict[str, Any]:
+    """What the kernels over tiles need of a sparse index's chunks."""
+    names = ("chunks", "chunks_stride_b", "chunks_stride_h", "key_at")
+    selection = tiles.selection if isinstance(tiles, SelectedTiles) else None
+    if selection is None or selection.chunks is None:
+        return {**dict.fromkeys(names), "CHUNKS": False}
+    chunks = selection.chunks.contiguous()
+    strides = chunks.stride(0) if len(chunks) > 1 else 0, chunks.stride(1)
+    return {**dict(zip(names, (chunks, *strides, selection.key_at))), "CHUNKS": True}
 
 
 def _of_columns(columns: Columns) -> dict[str, Any]:

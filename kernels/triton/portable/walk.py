@@ -141,6 +141,14 @@ def visible(key, bounds, ROW_AXIS: tl.constexpr):
 
 
 @triton.jit
+def computed(chunks, stride_b, stride_h, key_at, batch, head, row, rows, key, TILE: tl.constexpr):
+    """Bool: which rows compute the tile of key `key`, by their sets of chunks (`Selection.chunks`)."""
+    chunk = tl.load(key_at + key // TILE)
+    words = chunks + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + (chunk // 32).to(tl.int64) * rows
+    return ((tl.load(words + row, mask=row < rows, other=0) >> (chunk % 32)) & 1) != 0
+
+
+@triton.jit
 def row_statistics(lse, lse_stride_b, lse_stride_h, delta, delta_stride_b, delta_stride_h, batch, head, row, rows):
     """lse to base 2 and delta of some rows; +inf, so that exp gives 0, for rows that are absent or see nothing."""
     lse_at = lse + batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + row
