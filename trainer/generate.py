@@ -20,8 +20,9 @@ from farspan.models.prefill import Share
 from farspan.models.reader import Reader
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
+from farspan.trainer.attention_config import StarSection
 from farspan.trainer.checkpoint.weights import newest_decoder
-from farspan.trainer.config import ConfigError, RunConfig, StarSection, load_run_config
+from farspan.trainer.config import ConfigError, RunConfig, load_run_config
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
 
