@@ -136,13 +136,13 @@ class HeldOut:
         """One pass in both directions of each length that `feed` has, which leaves gradients as they were: zero."""
         for length, sharing in feed.sharings.items():
             batch = sharing.arrangement.batch([blank_row(length)] * sharing.micro_batch_rows, 0)
-            engine.backward(0 * engine.forward(feed.decoder_input(batch)), last=False)
+            engine.backward(0 * engine.forward(feed.decoder_input(batch))[0], last=False)
         self.loss(engine)
 
     def _mean(self, engine: Engine, batches: Sequence[Batch]) -> float:
         engine.training(False)
         with torch.no_grad():
-            total = sum(float(engine.forward(self.feed.decoder_input(batch))) for batch in batches)
+            total = sum(float(engine.forward(self.feed.decoder_input(batch))[0]) for batch in batches)
         engine.training(True)
         return total / sum(batch.valid for batch in batches)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from farspan.data.rows import IGNORED, Row
@@ -21,7 +22,8 @@ class Batch:
 
     tokens, labels and rotary_positions are int64 `[rows, slots]`, in the slots of `order`; padding slots have no label.
     `masks` are those of the whole rows, `[1 or rows, length]`, in positions: one for each way in which some layers see
-    them. `valid` counts this rank's labels. `samples` are the sample numbers of the rows.
+    them. `rank` is the context rank, `valid` counts its labels. `bounds` are the `cu_seqlens` of the rows, `samples`
+    their sample numbers.
     """
 
     tokens: Tensor
@@ -29,7 +31,9 @@ class Batch:
     rotary_positions: Tensor
     masks: dict[Visibility, IntervalMask]
     order: Order
+    rank: int
     valid: int
+    bounds: tuple[NDArray[np.int64], ...]
     samples: tuple[int, ...]
 
 
@@ -58,6 +62,8 @@ def make_batch(
         rotary_positions=shard(positions, 0),
         masks={visibility: visibility.mask(rows) for visibility in dict.fromkeys(visibilities)},
         order=order,
+        rank=rank,
         valid=int((labels != IGNORED).sum()),
+        bounds=tuple(row.cu_seqlens for row in rows),
         samples=tuple(samples),
     )

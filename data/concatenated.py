@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from farspan.data.corpus import Corpus
+from farspan.data.documents import Documents
 from farspan.data.errors import DataError
 from farspan.data.rows import IGNORED, Row
 from farspan.data.sampling import shuffled
@@ -15,7 +15,7 @@ class ConcatRows:
     the documents' ends. Raises DataError when the corpus does not fill one row.
     """
 
-    def __init__(self, corpus: Corpus, length: int, seed: int) -> None:
+    def __init__(self, corpus: Documents, length: int, seed: int) -> None:
         self.length = length
         self._corpus = corpus
         self._order = shuffled(len(corpus.lengths), seed)

@@ -5,6 +5,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from farspan.data.answers import Answers, has_notes, notes_name
+from farspan.data.indexed import TokenFile
 from farspan.data.prepared import Prepared
 
 Split = Literal["train", "heldout"]
@@ -13,20 +15,25 @@ Split = Literal["train", "heldout"]
 class Corpus:
     """The documents of one split of prepared data; each ends with the end-of-document token.
 
-    `lengths`: int64 [documents], tokens in each.
+    `lengths`: int64 [documents], tokens in each. `told`: boolean [documents], which ones say what their answers are.
     """
 
     def __init__(self, prepared: Prepared, split: Split) -> None:
-        # Imported here: it takes seconds, as it brings the whole of Megatron Core with it.
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         self.split: Split = split
-        self._dataset = IndexedDataset(str(prepared.directory / split))
-        self.lengths: NDArray[np.int64] = self._dataset.sequence_lengths.astype(np.int64)
+        self._file = TokenFile(prepared.directory / split)
+        self.lengths: NDArray[np.int64] = self._file.lengths
+        told = has_notes(prepared.directory, split)
+        self._notes = TokenFile(prepared.directory / notes_name(split)) if told else None
+        self.told: NDArray[np.bool_] = (
+            np.zeros(len(self.lengths), bool) if self._notes is None else self._notes.lengths > 0
+        )
 
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens `start` to `stop` (half-open) of a document, int64 [stop - start]. Raises IndexError outside of it."""
-        if not 0 <= start <= stop <= self.lengths[document]:
-            raise IndexError(f"Document {document} has {self.lengths[document]} tokens, not {start} to {stop}.")
-        tokens: NDArray[np.integer] = self._dataset.get(document, offset=start, length=stop - start)
-        return tokens.astype(np.int64)
+        return self._file.read(document, start, stop)
+
+    def answers(self, document: int) -> Answers | None:
+        """Which of a document's tokens carry loss; None where all do."""
+        if self._notes is None:
+            return None
+        return Answers.of_notes(self._notes.read(document, 0, int(self._notes.lengths[document])))

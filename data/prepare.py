@@ -1,101 +1,100 @@
 """Text to a directory of tokens: `farspan prepare`."""
 
-import hashlib
+import errno
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
-from farspan.data.encoding import Source, describe, encode_documents
+from farspan.data.answers import notes_name
+from farspan.data.encoding import Encoder, encode_portions, portions
 from farspan.data.errors import DataError
-from farspan.data.prepared import (
-    DESCRIPTION,
-    FILES,
-    FORMAT_VERSION,
-    SPLITS,
-    TOKENIZER,
-    Prepared,
-    file_digest,
-    load_prepared,
-    read_description,
-)
-from farspan.data.text import named_documents, read_document
-from farspan.data.tokenizer import Tokenizer, train_tokenizer
+from farspan.data.files import copy_whole, write_whole
+from farspan.data.heldout import HeldOut, choose_heldout
+from farspan.data.indexed import token_dtype, write_index
+from farspan.data.job import Job
+from farspan.data.lock import one_writer
+from farspan.data.prepared import DESCRIPTION, FORMAT_VERSION, SPLITS, Prepared, describe_file, load_prepared
+from farspan.data.progress import Progress
+from farspan.data.publish import begin, digest, partial_folder, present, publish
+from farspan.data.report import describe, write_report
+from farspan.data.sources import MAX_RECORD_BYTES, Source, hash_files, list_sources
+from farspan.data.tokenizer import train_tokenizer
+from farspan.data.tokenizers import AnyTokenizer, open_tokenizer
+from farspan.data.unfinished import Unfinished
 
 __all__ = ["Prepared", "load_prepared", "prepare"]
 
-# What a preparation depends on, in words of the configuration.
-_KEYS = {
-    "documents": "documents in data.sources",
-    "seed": "run.seed",
-    "heldout_fraction": "data.heldout_fraction",
-    "tokenizer": "data.vocabulary_size or data.tokenizer",
-}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def prepare(
-    sources: Sequence[str],
+    sources: Sequence[str | Source],
     directory: Path,
     *,
     tokenizer: Path | None,
     vocabulary_size: int,
     heldout_fraction: float,
     seed: int,
+    end_of_document: str | None = None,
+    drop_invalid: bool = False,
+    max_record_bytes: int = MAX_RECORD_BYTES,
     processes: int = 1,
     report: Callable[[str], None] = print,
+    terminal: TextIO | None = None,
 ) -> Prepared:
     """Encodes all documents of `sources` into `directory`, as Megatron `.bin` and `.idx` files by split.
 
-    Each document ends with the end-of-document token. Whether a document is held out depends on `seed` and its path
-    within its source only, unless that keeps none: then it is the one whose size is nearest to that share of the text.
-    Without `tokenizer`, one of `vocabulary_size` pieces is trained on the documents that are not held out; with one,
-    `vocabulary_size` is not read. `processes` encode; `report` gets lines for the user, those of progress at most once
-    a second.
+    Each document ends with the end-of-document token; empty ones are left out. Whether a document is held out depends
+    on `seed` and its name within its source only, unless that keeps none: then it is the one whose size is nearest to
+    that share of the text. Without `tokenizer`, one of `vocabulary_size` pieces is trained on the documents that are
+    not held out; with one, `vocabulary_size` is not read, and `end_of_document` names its piece that ends documents.
+    What cannot be read is refused, or left out and counted with `drop_invalid`; so are lines of JSON, rows of tables
+    and stretches of text without a space that have more than `max_record_bytes`. `processes` encode; `report` gets
+    lines for the user, and `terminal` a progress bar, where there is one.
 
-    Everything is written beside `directory` and renamed when complete, so that `directory` is whole or absent whoever
-    is interrupted, and of several processes that prepare the same at once, one wins and all return. A directory that
-    holds the same preparation already is checked and returned.
+    Memory does not grow with the text. Everything is written into `directory`.partial and renamed when it is complete,
+    so that `directory` is whole or absent, whoever is interrupted; the next one goes on from there, to the same files.
+    A directory that holds the same preparation already is checked and returned.
 
-    Raises DataError when there is no text, or one document alone, a split is empty, a file changes meanwhile, the
-    tokenizer does not do, or `directory` holds something else.
+    Raises DataError when there is no text, or one document alone, all are held out, a file changes meanwhile or is
+    damaged, the tokenizer does not do, the disk is full, another process prepares the directory, or it holds
+    something else.
     """
-    documents = [describe(document) for document in named_documents(sources)]
-    splits = _split(documents, heldout_fraction, seed)
-    inputs = {
-        "documents": _digest([(source.document.name, source.size, source.digest) for source in documents]),
-        "seed": seed,
-        "heldout_fraction": heldout_fraction,
-        "tokenizer": Tokenizer(tokenizer).digest if tokenizer else f"trained, {vocabulary_size} pieces",
-    }
-    present = _present(directory, inputs)
-    if present:
-        report(f"{directory} already holds these {len(documents):,} documents, prepared. Nothing to do.")
-        return present
-    megabytes = sum(source.size for source in documents) / 1e6
-    report(f"{len(documents):,} documents, {megabytes:,.1f} MB; {len(splits['heldout']):,} of them are held out")
-
+    listings = list_sources(sources)
+    reading = Progress("reading", sum(listing.size for listing in listings), report, terminal)
+    job = Job(
+        listings=hash_files(listings, reading.add),
+        tokenizer=tokenizer,
+        vocabulary_size=vocabulary_size,
+        end_of_document=end_of_document,
+        heldout_fraction=heldout_fraction,
+        seed=seed,
+        drop_invalid=drop_invalid,
+        max_record_bytes=max_record_bytes,
+        processes=processes,
+        report=report,
+        terminal=terminal,
+    )
+    reading.end()
+    inputs = job.inputs()
+    prepared = present(directory, inputs)
+    if prepared is not None:
+        report(f"{directory} already holds these documents, prepared. Nothing to do.")
+        return prepared
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # More than the process id: containers that share a disk have the same ones.
-    staging = directory.with_name(f"{directory.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    staging.mkdir()
-    try:
-        if tokenizer:
-            shutil.copyfile(tokenizer, staging / TOKENIZER)
-        else:
-            report(f"training a tokenizer of {vocabulary_size:,} pieces")
-            texts = (read_document(source.document.path) for source in splits["train"])
-            # One thread: SentencePiece writes their number into the file, and they hardly make it faster.
-            train_tokenizer(texts, staging / TOKENIZER, vocabulary_size, threads=1, seed=seed)
-        counts = {split: _write(splits[split], split, staging, processes, report) for split in SPLITS}
-        _describe(staging, inputs, counts)
-        prepared = _publish(staging, directory, inputs)
-    finally:
-        if staging.exists():
-            shutil.rmtree(staging)
+    with _full_disk(directory), one_writer(directory):
+        prepared = present(directory, inputs)
+        if prepared is not None:  # another process was faster
+            return prepared
+        partial = partial_folder(directory)
+        begin(partial, inputs, report)
+        if not (partial / DESCRIPTION).is_file():
+            _fill(partial, job, inputs)
+        prepared = publish(partial, directory)
     report(
         f"{directory} is ready: {prepared.tokens['train']:,} tokens to train on in "
         f"{prepared.documents['train']:,} documents, {prepared.tokens['heldout']:,} held out in "
@@ -104,117 +103,101 @@ def prepare(
     return prepared
 
 
-def _split(documents: Sequence[Source], heldout_fraction: float, seed: int) -> dict[str, list[Source]]:
-    if not 0 < heldout_fraction < 1:
-        raise DataError(f"data.heldout_fraction is {heldout_fraction}: give a number between 0 and 1, such as 0.05.")
-    if len(documents) == 1:
-        raise DataError(
-            f"data.sources has one document, {documents[0].document.name}, and documents are held out as a whole: "
-            "divide it into several files, or add documents to data.sources."
-        )
-    splits: dict[str, list[Source]] = {split: [] for split in SPLITS}
-    for source in documents:
-        place = int(_digest([seed, source.document.name])[:16], 16) / 2**64
-        splits["heldout" if place < heldout_fraction else "train"].append(source)
-    if not splits["heldout"]:
-        share = heldout_fraction * sum(source.size for source in documents)
-        nearest = min(documents, key=lambda source: (abs(source.size - share), source.document.name))
-        splits["train"].remove(nearest)
-        splits["heldout"].append(nearest)
-    if not splits["train"]:
-        raise DataError(
-            f"With data.heldout_fraction {heldout_fraction} all {len(documents)} documents are held out: lower "
-            "data.heldout_fraction, or add documents to data.sources."
-        )
-    return splits
+def _fill(partial: Path, job: Job, inputs: dict[str, object]) -> None:
+    """Writes what is not there yet, and the description last."""
+    files = sum(len(listing.files) for listing in job.listings)
+    job.report(f"{files:,} files, {job.size / 1e6:,.1f} MB")
+    heldout = choose_heldout(job.texts(), job.heldout_fraction, job.seed)
+    unfinished = Unfinished(partial, inputs)
+    try:
+        unfinished.commit()
+        tokenizer = _tokenizer(partial / job.tokenizer_name, job, heldout)
+        _encode(unfinished, job, partial / job.tokenizer_name, tokenizer, heldout)
+        _describe(unfinished, job, inputs, tokenizer)
+    finally:
+        unfinished.close()
 
 
-def _present(directory: Path, inputs: Mapping[str, object]) -> Prepared | None:
-    """What `directory` holds: the same preparation, or nothing (None). Raises DataError for anything else."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return None
-    if not (directory / DESCRIPTION).is_file():
-        raise DataError(
-            f"{directory} exists and is not a prepared dataset: remove it, or set data.directory to a new directory."
-        )
-    description = read_description(directory)
-    if description["fingerprint"] != _digest(inputs):
-        other = [_KEYS[name] for name, value in inputs.items() if description["inputs"].get(name) != value]
-        raise DataError(
-            f"{directory} holds data prepared from other inputs (other {', '.join(other)}): remove it to prepare "
-            "again, or set data.directory to a new directory."
-        )
-    damaged = [name for name, file in description["files"].items() if not _is_intact(directory / name, file["sha256"])]
-    if damaged:
-        raise DataError(f"{directory} is damaged ({', '.join(damaged)} not as written): remove it, then prepare again.")
-    return load_prepared(directory)
+def _tokenizer(path: Path, job: Job, heldout: HeldOut) -> AnyTokenizer:
+    if not path.is_file() and job.tokenizer is not None:
+        write_whole(path, job.tokenizer.read_bytes())
+    elif not path.is_file():
+        job.report(f"training a tokenizer of {job.vocabulary_size:,} pieces")
+        texts = (text.words for text in job.texts() if not heldout(text.source, text.name))
+        # One thread: SentencePiece writes their number into the file, and they hardly make it faster.
+        train_tokenizer(texts, path, job.vocabulary_size, threads=1, seed=job.seed)
+    return open_tokenizer(path, job.end_of_document)
 
 
-def _write(
-    sources: Sequence[Source], split: str, staging: Path, processes: int, report: Callable[[str], None]
-) -> dict[str, int]:
-    # Imported here: it takes seconds, as it brings the whole of Megatron Core with it.
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+def _encode(unfinished: Unfinished, job: Job, path: Path, tokenizer: AnyTokenizer, heldout: HeldOut) -> None:
+    sources = tuple(listing.source for listing in job.listings)
+    encoder = Encoder(path, tokenizer.digest, job.end_of_document, sources, heldout, job.drop_invalid)
+    before = [sum(listing.size for listing in job.listings[:number]) for number in range(len(sources))]
+    waiting = portions(job.listings, unfinished.source, unfinished.position, job.max_record_bytes)
+    progress: Progress | None = None
+    for portion, encoded in encode_portions(waiting, encoder, job.processes):
+        unfinished.add(portion, encoded)
+        done = before[portion.source] + portion.read
+        if progress is None:
+            progress = Progress("encoding", job.size, job.report, job.terminal, done)
+        progress.reach(done, len(encoded.tokens))
+    if progress is not None:
+        progress.end()
+    unfinished.finish(len(sources))
 
-    vocabulary_size = Tokenizer(staging / TOKENIZER).vocabulary_size
-    builder = IndexedDatasetBuilder(
-        str(staging / f"{split}.bin"), dtype=np.uint16 if vocabulary_size <= 1 << 16 else np.int32
-    )
-    tokens = 0
-    for document in encode_documents(sources, staging / TOKENIZER, processes, report):
-        builder.add_document(document, [len(document)])
-        tokens += len(document)
-    builder.finalize(str(staging / f"{split}.idx"))
-    return {"documents": len(sources), "tokens": tokens}
 
-
-def _describe(staging: Path, inputs: Mapping[str, object], counts: Mapping[str, Mapping[str, int]]) -> None:
-    for name in FILES:
-        _flush(staging / name)
-    tokenizer = Tokenizer(staging / TOKENIZER)
-    description = {
+def _describe(unfinished: Unfinished, job: Job, inputs: dict[str, object], tokenizer: AnyTokenizer) -> None:
+    """The indexes, the report, and last of all what the directory is known by."""
+    folder = unfinished.folder
+    documents = {split: unfinished.documents(split) for split in SPLITS}
+    names = [job.tokenizer_name]
+    for split in SPLITS:
+        write_index(folder / f"{split}.idx", documents[split][:, 0], token_dtype(tokenizer.vocabulary_size))
+        names += [f"{split}.bin", f"{split}.idx"]
+        notes, entries = notes_name(split), documents[split][:, 2]
+        if entries.any():
+            copy_whole(unfinished.notes(split), folder / f"{notes}.bin")
+            write_index(folder / f"{notes}.idx", entries, np.dtype("<i4"))
+            names += [f"{notes}.bin", f"{notes}.idx"]
+    starts = [[0 for _ in SPLITS], *unfinished.boundaries]
+    ranges = {
+        listing.name: {
+            split: range(first, stop) for split, first, stop in zip(SPLITS, starts[number], starts[number + 1])
+        }
+        for number, listing in enumerate(job.listings)
+    }
+    for line in write_report(describe(documents, ranges, unfinished.dropped), documents, folder):
+        job.report(line)
+    description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": _digest(inputs),
+        "fingerprint": digest(inputs),
         "inputs": inputs,
         "tokenizer": {
+            "file": job.tokenizer_name,
             "sha256": tokenizer.digest,
             "vocabulary_size": tokenizer.vocabulary_size,
+            "end_of_document": tokenizer.end_of_document,
             "eod": tokenizer.eod,
         },
-        "splits": counts,
-        "files": {
-            name: {"bytes": (staging / name).stat().st_size, "sha256": file_digest(staging / name)} for name in FILES
+        "splits": {
+            split: {"documents": len(documents[split]), "tokens": int(documents[split][:, 0].sum())} for split in SPLITS
         },
+        "sources": {
+            name: {split: [here.start, here.stop] for split, here in splits.items()} for name, splits in ranges.items()
+        },
+        "files": {name: describe_file(folder / name) for name in names},
     }
-    (staging / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    _flush(staging / DESCRIPTION)
-    _flush(staging)
+    write_whole(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
 
 
-def _publish(staging: Path, directory: Path, inputs: Mapping[str, object]) -> Prepared:
+@contextmanager
+def _full_disk(directory: Path) -> Iterator[None]:
     try:
-        staging.rename(directory)  # takes the place of an empty directory, never of one with content
-    except OSError:
-        present = _present(directory, inputs)  # another process was faster
-        if present is None:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
             raise
-        return present
-    _flush(directory.parent)
-    return load_prepared(directory)
-
-
-def _flush(path: Path) -> None:
-    """Has the system write a file or a directory's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _is_intact(path: Path, digest: str) -> bool:
-    return path.is_file() and file_digest(path) == digest
+        raise DataError(
+            f"{directory} (data.directory) cannot be written ({error.strerror}): make room and run `farspan prepare` "
+            "again, which goes on where it stopped."
+        ) from error

@@ -3,17 +3,17 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from farspan.data.errors import DataError
+from farspan.data.tokenizer import EOD
+from farspan.data.tokenizers import AnyTokenizer, open_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DESCRIPTION = "dataset.json"
-TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "heldout")
-FILES = (*(f"{split}{suffix}" for split in SPLITS for suffix in (".bin", ".idx")), TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Prepared:
 
     documents, tokens: counts by split, "train" and "heldout".
     fingerprint: of the documents and settings that it was made from.
+    sources: which documents of each split come from which source, by the source's name, in the order of the
+        configuration. The ranges of a split follow each other, and together they are all of its documents.
+    end_of_document: the piece that ends documents, whose id is `eod`.
     """
 
     directory: Path
@@ -32,6 +35,12 @@ class Prepared:
     documents: Mapping[str, int]
     tokens: Mapping[str, int]
     fingerprint: str
+    sources: Mapping[str, Mapping[str, range]] = field(default_factory=dict)
+    end_of_document: str = EOD
+
+    def open_tokenizer(self) -> AnyTokenizer:
+        """The tokenizer that the data was encoded with."""
+        return open_tokenizer(self.tokenizer_path, self.end_of_document)
 
     def check_tokenizer(self, path: Path) -> None:
         """Raises DataError unless the file at `path` is the tokenizer that the data was encoded with."""
@@ -52,9 +61,10 @@ class Prepared:
 def load_prepared(directory: Path) -> Prepared:
     """Opens what `farspan prepare` wrote. Raises DataError when it is missing, incomplete or of another version."""
     description = read_description(directory)
+    tokenizer = description["tokenizer"]
     damaged = [name for name, file in description["files"].items() if not _has_size(directory / name, file["bytes"])]
-    if not damaged and file_digest(directory / TOKENIZER) != description["tokenizer"]["sha256"]:
-        damaged = [TOKENIZER]
+    if not damaged and file_digest(directory / tokenizer["file"]) != tokenizer["sha256"]:
+        damaged = [tokenizer["file"]]
     if damaged:
         raise DataError(
             f"{directory} is damaged ({', '.join(damaged)} not as written): remove it and run `farspan prepare CONFIG`."
@@ -62,14 +72,28 @@ def load_prepared(directory: Path) -> Prepared:
     splits = description["splits"]
     return Prepared(
         directory=directory,
-        tokenizer_path=directory / TOKENIZER,
-        tokenizer_digest=description["tokenizer"]["sha256"],
-        vocabulary_size=description["tokenizer"]["vocabulary_size"],
-        eod=description["tokenizer"]["eod"],
+        tokenizer_path=directory / tokenizer["file"],
+        tokenizer_digest=tokenizer["sha256"],
+        vocabulary_size=tokenizer["vocabulary_size"],
+        eod=tokenizer["eod"],
         documents={split: splits[split]["documents"] for split in SPLITS},
         tokens={split: splits[split]["tokens"] for split in SPLITS},
         fingerprint=description["fingerprint"],
+        sources={
+            name: {split: range(*ranges[split]) for split in SPLITS} for name, ranges in description["sources"].items()
+        },
+        end_of_document=tokenizer["end_of_document"],
     )
+
+
+def find_damage(directory: Path) -> list[str]:
+    """The files of a prepared directory whose content is not what was written, by their sha256."""
+    files = read_description(directory)["files"]
+    return [
+        name
+        for name, file in files.items()
+        if not (directory / name).is_file() or file_digest(directory / name) != file["sha256"]
+    ]
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -89,6 +113,11 @@ def read_description(directory: Path) -> dict[str, Any]:
             "Remove the directory and run `farspan prepare CONFIG`."
         )
     return description
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """How `dataset.json` knows a file again."""
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def file_digest(path: Path) -> str:

@@ -33,10 +33,11 @@ class Row:
     contexts: NDArray[np.int64] | None = None
 
 
-def blank_row(length: int) -> Row:
+def blank_row(length: int, context: int | None = None) -> Row:
     """A row of one document without labels, for what depends on the shape of rows alone."""
+    contexts = None if context is None else np.array([context])
     whole = np.arange(length)
-    return Row(np.zeros(length, np.int64), np.full(length, IGNORED), np.array([0, length]), whole, 0)
+    return Row(np.zeros(length, np.int64), np.full(length, IGNORED), np.array([0, length]), whole, 0, contexts)
 
 
 class RowSource(Protocol):

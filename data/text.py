@@ -21,28 +21,25 @@ class Document:
     name: str
 
 
-def find_documents(sources: Sequence[str], suffixes: Sequence[str] = (".txt", ".md", ".py")) -> list[Path]:
-    """The text files of all sources, source by source, sorted by name within each, no file twice.
+def text_files(folder: Path, suffixes: Sequence[str]) -> list[Document]:
+    """The files of a folder with one of the suffixes, sorted by name; it is searched to its depths, through links.
 
-    A source is a file (of any suffix), a folder (searched to its depths for `suffixes`, through links), or the
-    word `python-stdlib`: the `.py` sources of the running Python's standard library, without its tests,
-    that are valid UTF-8.
-    (`./python-stdlib` names a folder of that name.)
-
-    Raises DataError when a source does not exist, cannot be listed, or holds no file with one of the suffixes.
+    Raises DataError when a folder cannot be listed.
     """
-    return [document.path for document in named_documents(sources, suffixes)]
+    return _folder(folder, tuple(suffix.lower() for suffix in suffixes))
 
 
-def named_documents(sources: Sequence[str], suffixes: Sequence[str] = (".txt", ".md", ".py")) -> list[Document]:
-    """As `find_documents`, with each file's name within its source."""
-    if not sources:
-        raise DataError(f"data.sources is empty: give files, folders or the word {PYTHON_STDLIB}.")
-    found: dict[Path, Document] = {}
-    for source in sources:
-        for document in _documents_of(source, tuple(suffix.lower() for suffix in suffixes)):
-            found.setdefault(document.path.resolve(), document)
-    return list(found.values())
+def standard_library() -> list[Document]:
+    """The `.py` sources of the running Python's standard library, without its tests, that are valid UTF-8."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    # A few sources are deliberately not UTF-8.
+    documents = [found for found in _folder(folder, (".py",), leave_out=_NOT_STDLIB) if _is_utf8(found.path)]
+    if not documents:
+        raise DataError(
+            f"data.sources names {PYTHON_STDLIB}, but this Python keeps no .py sources in {folder}: "
+            "name a folder of text files instead."
+        )
+    return documents
 
 
 def read_document(path: Path) -> str:
@@ -55,35 +52,6 @@ def read_document(path: Path) -> str:
         ) from error
     except OSError as error:
         raise DataError(f"{path} of data.sources cannot be read: {error.strerror}.") from error
-
-
-def _documents_of(source: str, suffixes: tuple[str, ...]) -> list[Document]:
-    if source == PYTHON_STDLIB:
-        return _standard_library()
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [Document(path, path.name)]
-    if not path.is_dir():
-        raise DataError(
-            f"data.sources names {source!r}, which is no file or folder here: give a file, a folder or "
-            f"the word {PYTHON_STDLIB}."
-        )
-    documents = _folder(path, suffixes)
-    if not documents:
-        raise DataError(f"data.sources names the folder {source!r}, which holds no {' or '.join(suffixes)} file.")
-    return documents
-
-
-def _standard_library() -> list[Document]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    # A few sources are deliberately not UTF-8.
-    documents = [found for found in _folder(folder, (".py",), leave_out=_NOT_STDLIB) if _is_utf8(found.path)]
-    if not documents:
-        raise DataError(
-            f"data.sources names {PYTHON_STDLIB}, but this Python keeps no .py sources in {folder}: "
-            "name a folder of text files instead."
-        )
-    return documents
 
 
 def _folder(folder: Path, suffixes: tuple[str, ...], leave_out: frozenset[str] = frozenset()) -> list[Document]:

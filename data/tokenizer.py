@@ -10,8 +10,7 @@ import hashlib
 import heapq
 import io
 import random
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +18,24 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from farspan.data.errors import DataError
+from farspan.data.files import write_whole
+from farspan.data.segments import segments
 
 EOD = "<eod>"
 _SPACE_MARK = "\u2581"
 _CHUNK = 4096  # characters of one training "sentence"
-_SEGMENT = 1 << 16  # characters encoded at once: SentencePiece needs a few hundred bytes of memory for each
-_WORD_START = re.compile(r"(?<=[^ ]) ")
 _PROBE = f" \t a  b\r\n\n\x00 {_SPACE_MARK} {EOD}<unk><0x41>\ufeff\U0001f600é  "
 
 
 class Tokenizer:
     """Text to token ids and back, with `decode(encode(text)) == text` for every text.
 
+    `end_of_document` is the control piece whose id ends documents.
     Raises DataError when the file is missing, is no SentencePiece model, or is one that cannot keep that promise.
     """
 
-    def __init__(self, path: Path) -> None:
-        model = _read_model(path)
+    def __init__(self, path: Path, end_of_document: str = EOD) -> None:
+        model = read_tokenizer(path)
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
@@ -44,12 +44,17 @@ class Tokenizer:
 
         self.digest: str = hashlib.sha256(model).hexdigest()
         self.vocabulary_size: int = self._processor.GetPieceSize()
-        self.eod: int = self._processor.PieceToId(EOD) if self.vocabulary_size else 0
+        self.end_of_document = end_of_document
+        self.eod: int = self._processor.PieceToId(end_of_document) if self.vocabulary_size else 0
         if self.vocabulary_size == 0 or not self._processor.IsControl(self.eod):
             raise DataError(
-                f"data.tokenizer: {path} has no control piece {EOD} to end documents with. "
-                "Leave data.tokenizer out to train one on data.sources."
+                f"data.tokenizer: {path} has no control piece {end_of_document} to end documents with. "
+                "Set data.end_of_document to one that it has, or leave data.tokenizer out to train one on data.sources."
             )
+        pieces = {self._processor.IdToPiece(token): token for token in range(self.vocabulary_size)}
+        self.special_tokens: dict[str, int] = {
+            piece: token for piece, token in pieces.items() if self._processor.IsControl(token)
+        }
         self._bytes = [self._bytes_of(token) for token in range(self.vocabulary_size)]
         token_of_byte = {value: token for token, value in enumerate(self._bytes) if self._processor.IsByte(token)}
         if len(token_of_byte) < 256:
@@ -73,7 +78,7 @@ class Tokenizer:
         for number, run in enumerate(text.split(_SPACE_MARK)):
             if number > 0:
                 parts.append(self._space_mark)
-            parts.extend(self._processor.EncodeAsNumpy(segment.encode()) for segment in _segments(run))
+            parts.extend(self._processor.EncodeAsNumpy(segment.encode()) for segment in segments(run))
         return np.concatenate(parts)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer]) -> str:
@@ -147,27 +152,18 @@ def train_tokenizer(
         raise DataError(
             f"data.vocabulary_size is {vocabulary_size}, but no tokenizer of that size fits this text: {reason}"
         ) from error
-    path.write_bytes(model.getvalue())
+    write_whole(path, model.getvalue())
 
 
-def _read_model(path: Path) -> bytes:
+def read_tokenizer(path: Path) -> bytes:
+    """The content of a tokenizer's file. Raises DataError when it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"data.tokenizer: {path} cannot be read ({error.strerror}). Give a SentencePiece model file, or leave "
-            "data.tokenizer out to train one on data.sources."
+            f"data.tokenizer: {path} cannot be read ({error.strerror}). Give a SentencePiece model or a Hugging Face "
+            "tokenizer.json, or leave data.tokenizer out to train one on data.sources."
         ) from error
-
-
-def _segments(text: str) -> Iterator[str]:
-    """Cuts a long text before a space that ends a word. No learnt piece crosses such a place, so no token changes."""
-    start = 0
-    while start < len(text):
-        boundary = _WORD_START.search(text, start + _SEGMENT)
-        stop = boundary.start() if boundary else len(text)
-        yield text[start:stop]
-        start = stop
 
 
 def _sample(documents: Iterable[str], seed: int, sample_bytes: int) -> list[str]:

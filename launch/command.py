@@ -131,14 +131,18 @@ def prepare(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     data = config.data
     prepared = prepare_data(
-        data.sources,
+        [source.listed() for source in data.sources],
         data.directory,
         tokenizer=data.tokenizer,
         vocabulary_size=data.vocabulary_size,
         heldout_fraction=data.heldout_fraction,
         seed=config.run.seed,
+        end_of_document=data.end_of_document,
+        drop_invalid=data.drop_invalid,
+        max_record_bytes=data.max_record_bytes,
         processes=data.processes,
         report=lambda line: print(line, flush=True),
+        terminal=sys.stderr if sys.stderr.isatty() else None,
     )
     for shortage in short_splits(config, prepared):
         print(f"warning: {shortage}")
@@ -162,6 +166,15 @@ def data_schedule(options: argparse.Namespace) -> int:
     from farspan.trainer.describe_schedule import describe_schedule
 
     describe_schedule(load_config(options.config, options.overrides), print, options.plot)
+    return 0
+
+
+def data_compare(options: argparse.Namespace) -> int:
+    """Prints what each way of making rows does to the documents."""
+    from farspan.trainer.compare import compare
+    from farspan.trainer.config import load_config
+
+    compare(load_config(options.config, options.overrides), print)
     return 0
 
 
@@ -303,8 +316,11 @@ def _parser() -> argparse.ArgumentParser:
     calibration.add_arguments(measuring)
     measuring.set_defaults(verb=calibrate, overrides=[])
 
+    from farspan.launch import data as data_verbs
+
     data = verbs.add_parser("data", help="Look at what training reads.")
     looks = data.add_subparsers(required=True, metavar="ACTION")
+    data_verbs.add_data_verbs(looks)
     scheduling = looks.add_parser(
         "schedule",
         help="Which lengths of rows a run's steps have, and tokens of each.",
@@ -317,6 +333,17 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", type=Path, metavar="FILE.png", help="draw lengths by step and tokens by length (needs farspan[plot])"
     )
     scheduling.set_defaults(verb=data_schedule, overrides=[])
+    comparing = looks.add_parser(
+        "compare",
+        help="What each way of making rows does to the documents: padding, cuts, and how much tokens see.",
+        description="Each data.method at train.sequence_length, by the lengths of the documents; no text is read.",
+        usage="farspan data compare CONFIG [key=value ...]",
+        epilog="key=value overrides a key of the file, such as data.overlong=drop.",
+    )
+    comparing.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    comparing.set_defaults(verb=data_compare, overrides=[])
+    tokenizing = verbs.add_parser("tokenizer", help="Train a tokenizer.")
+    data_verbs.add_tokenizer_verbs(tokenizing.add_subparsers(required=True, metavar="ACTION"))
 
     checkpoints = verbs.add_parser("checkpoint", help="List or verify checkpoints.")
     actions = checkpoints.add_subparsers(required=True, metavar="ACTION")

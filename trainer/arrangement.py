@@ -25,7 +25,7 @@ class Arrangement:
         self._config, self._context = config, context
         self.layers = layer_visibilities(config)
         length, parallel = config.train.sequence_length, config.parallel
-        self._blank = [blank_row(length)]
+        self._blank = [row_without_text(config)]
         two_class = parallel.order == "two_class"
         self._fixed = None if two_class else orders.build(parallel.order, length, context, parallel.stripe)
 
@@ -48,6 +48,12 @@ class Arrangement:
     def batch(self, rows: Sequence[Row], rank: int, samples: Sequence[int] = ()) -> Batch:
         """What context rank `rank` holds of these rows."""
         return make_batch(rows, self.order(rows), rank, samples, self.layers)
+
+
+def row_without_text(config: RunConfig) -> Row:
+    """One document without labels; of Star Attention with as much of a global part as `mode: lm` has."""
+    length, star = config.train.sequence_length, config.attention.star
+    return blank_row(length, None if star is None else length - max(1, round(length * star.global_fraction)))
 
 
 def layer_visibilities(config: RunConfig) -> tuple[Visibility, ...]:

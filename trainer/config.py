@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from farspan.data.curriculum import ODDS
 from farspan.kernels import BACKENDS
-from farspan.kernels.estimate import MoBA, Settings, VerticalSlash, XAttention
 from farspan.kernels.tiles import TILE
-from farspan.models.config import ModelConfig, RecomputeMode, refuse_switches
+from farspan.models.config import ModelConfig, RecomputeMode
 from farspan.parallel.cluster import load_cluster
 from farspan.parallel.orders import ORDERS
 from farspan.parallel.plans import PLANS, Topology
+from farspan.trainer.attention_config import AttentionSection
+from farspan.trainer.data_config import CurriculumSection, DataSection
+from farspan.trainer.section import Section, did_you_mean
 
 # Plans whose blocks begin and end with any token, and not with tiles.
 CUT_ANYWHERE = ("group_cast", "star")
@@ -39,14 +36,7 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message is one line that names the key to change."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-    _refuse_switches = field_validator("*", mode="before")(refuse_switches)
-
-
-class RunSection(_Section):
+class RunSection(Section):
     dir: Path
     """Folder of this run: resolved configuration, metrics, TensorBoard files, logs and checkpoints."""
     weights_from: Path | None = None
@@ -56,60 +46,14 @@ class RunSection(_Section):
     """Initial weights, the order of samples and every other draw come from this number."""
 
 
-class LaunchSection(_Section):
+class LaunchSection(Section):
     processes: int | None = Field(None, gt=0)
     """Worker processes on this machine; one a GPU when not given, or one where there is no GPU."""
     stop_seconds: float = Field(1800, gt=0)
     """How long workers may take to finish their step and save after SIGTERM or SIGINT."""
 
 
-class DecomposeSection(_Section):
-    """Dataset decomposition (docs/dataset-decomposition.md), for `data.method: decompose`."""
-
-    shortest: int = Field(256, gt=1)
-    """Tokens of the shortest rows, a power of two; those of the longest are `train.sequence_length`. What a document
-    has left beyond its rows is shorter than these, and is not trained on."""
-    randomize: bool = True
-    """Draw the lengths of rows in documents of two of the longest or more, so that all get equally many of their
-    tokens; if not, these are cut into the longest."""
-
-
-class DataSection(_Section):
-    sources: list[str] = Field(min_length=1)
-    """Text files, folders of them, or `python-stdlib`: the sources of the running Python's own standard library."""
-    directory: Path
-    """Where `farspan prepare` writes the encoded text and where training reads it."""
-    tokenizer: Path | None = None
-    """A SentencePiece model; one is trained on the sources when not given."""
-    vocabulary_size: int = Field(32_000, ge=300)
-    """Size of a tokenizer that is trained; 256 of its pieces are single bytes."""
-    heldout_fraction: float = Field(0.01, gt=0, lt=1)
-    """Share of the documents that are kept for evaluation; at least one of them is."""
-    processes: int = Field(1, gt=0)
-    """Processes that encode text during `farspan prepare`."""
-    method: Literal["concat", "decompose"] = "concat"
-    """How rows are made of documents: one after the other, cut every `train.sequence_length` tokens, or each by itself
-    into rows whose lengths are powers of two, which a `curriculum` orders."""
-    decompose: DecomposeSection = DecomposeSection()  # type: ignore[call-arg]
-    workers: int = Field(0, ge=0)
-    """Processes of each rank that read rows ahead of training; with 0 the training process reads them itself."""
-
-
-class CurriculumSection(_Section):
-    """The order of rows by length, for `data.method: decompose`. Lists go from the shortest to the longest."""
-
-    odds: str | list[Annotated[float, Field(gt=0)]] = "uniform"
-    """How likely a step is of each length while a cycle has such steps left: `uniform`; `grow_linear`, `grow_p2` or
-    `grow_p100`, with which short rows come first; `shrink_p100`, with which long ones do; or a number for each."""
-    mixture: Literal["natural", "equal"] | list[Annotated[float, Field(gt=0)]] = "natural"
-    """Tokens of each length in a cycle: as the text has them, equally many, or in proportion to a number for each."""
-    cycles: int = Field(1, gt=0)
-    """Equal parts of the run, each with the whole mixture in the order of the odds; they divide `train.steps`."""
-    schedule: Literal["random", "sub_cycles"] = "random"
-    """How a cycle follows the odds: by draws, or in as many parts as there are lengths, with fixed shares of each."""
-
-
-class TrainSection(_Section):
+class TrainSection(Section):
     steps: int = Field(gt=0)
     """Optimizer steps of the whole run."""
     tokens_per_step: int = Field(gt=0)
@@ -122,6 +66,8 @@ class TrainSection(_Section):
     """Dtype of weights in the forward and backward passes; optimizer state is fp32 always."""
     loss_chunk_tokens: int = Field(8192, gt=0)
     """Tokens whose logits exist at once; larger chunks are hardly faster, smaller ones save memory."""
+    report_every: int = Field(20, gt=0)
+    """Steps between reports of the loss by length of documents and by position in them; evaluations always report."""
 
     @model_validator(mode="after")
     def _check_rows(self) -> TrainSection:
@@ -142,7 +88,7 @@ class TrainSection(_Section):
         return max(1, round(self.tokens_per_step / unit)) * unit
 
 
-class ParallelSection(_Section):
+class ParallelSection(Section):
     context: int = Field(1, gt=0)
     """Ranks that share every sequence."""
     tokens_per_rank: int | None = Field(None, gt=0)
@@ -177,159 +123,7 @@ class ParallelSection(_Section):
         return Topology(self.inner, self.ulysses)
 
 
-class StarSection(_Section):
-    """Star Attention (docs/star.md)."""
-
-    block: int = Field(gt=0)
-    """Tokens of one block of a document's context; context tokens see their own block and the anchor."""
-    anchor: int | None = Field(None, gt=0)
-    """The first tokens of a document, which all its context sees: at most `block`, and `block` when not given."""
-    mode: Literal["lm", "sft"] = "lm"
-    """Which part of a document is global and sees all of it: its end (`lm`), or question and answer (`sft`). All tokens
-    of `lm` carry loss; for `sft` the data says where a context ends, and which tokens carry loss: those of answers."""
-    global_fraction: float = Field(0.25, gt=0, lt=1)
-    """Share of a document, at its end, that is global with `mode: lm`."""
-
-    @model_validator(mode="after")
-    def _check_anchor(self) -> StarSection:
-        if self.anchor_tokens > self.block:
-            raise ValueError(
-                f"attention.star.anchor {self.anchor} is more than attention.star.block {self.block}; lower it, or "
-                "leave it out for an anchor of one block"
-            )
-        return self
-
-    @property
-    def anchor_tokens(self) -> int:
-        return self.anchor or self.block
-
-    @property
-    def in_words(self) -> str:
-        part = f"the last {self.global_fraction:g} of a document" if self.mode == "lm" else "question and answer"
-        return f"blocks of {self.block:,} tokens, anchors of {self.anchor_tokens:,}; global is {part}"
-
-    @property
-    def warning(self) -> str | None:
-        """What is possible, but hardly meant."""
-        if self.block >= 256:
-            return None
-        return (
-            f"attention.star.block is {self.block}: with blocks of less than 256 tokens a model sees little of its "
-            "context, and kernels compute mostly borders"
-        )
-
-
-class WindowSection(_Section):
-    """Sliding-window attention, in all layers but some."""
-
-    width: int = Field(gt=0)
-    """The last tokens that a token sees, itself included."""
-    sinks: int = Field(0, ge=0)
-    """The first tokens of a document, which all of it sees besides."""
-    full_layers: list[Annotated[int, Field(ge=0)]] = []
-    """Layers, from 0, that see all of a document (or with `attention.star` its blocks), between those with windows."""
-
-
-ESTIMATORS: dict[str, type[Settings]] = {"vertical_slash": VerticalSlash, "xattention": XAttention, "moba": MoBA}
-
-
-class SparseSection(_Section):
-    """Dynamic sparse attention (docs/sparse-attention.md). Keys of an estimator are for that one alone."""
-
-    estimator: Literal["vertical_slash", "xattention", "moba"] = "vertical_slash"
-    """What a selection is, and from what it is estimated: diagonals of tiles and single columns, from the attention of
-    some rows (`vertical_slash`, MTraining); tiles, from sums over antidiagonals (`xattention`); chunks of keys for each
-    token, from their mean keys (`moba`)."""
-    mass: float = Field(0.9, gt=0, le=1)
-    """`vertical_slash`, as are the following keys up to `most_diagonals`, and `budgets`: share of what the probe rows
-    attend to that each head's selection computes, unless a cap stops it."""
-    probes: Literal[16, 32, 64, 128] = 64
-    """Rows of a probe set, from whose attention a selection is estimated: the last ones of a sequence."""
-    segments: int = Field(1, gt=0)
-    """Equal parts of a sequence, each with a probe set at its end."""
-    documents: int = Field(0, ge=0)
-    """How many of a sequence's documents, the longest, have a probe set at their ends as well."""
-    sinks: int = Field(30, ge=0)
-    """First tokens of a sequence, which are always selected."""
-    local_blocks: int = Field(2, gt=0)
-    """Nearest diagonals of 128 x 128 tiles, which are always selected; the first is a token's own block."""
-    most_columns: int = Field(4096, gt=0)
-    """Single keys that a head selects at most; 128 of them cost as much as a diagonal."""
-    most_diagonals: int = Field(512, gt=0)
-    """Diagonals of tiles that a head selects at most."""
-    stride: Literal[4, 8, 16, 32, 64] = 16
-    """`xattention`: tokens of a cell's side, within which one antidiagonal stands for attention."""
-    threshold: float = Field(0.9, gt=0, le=1)
-    """`xattention`: share of the attention between cells that a block of rows computes."""
-    chunk: int = Field(4096, gt=0, multiple_of=TILE)
-    """`moba`: tokens of a chunk."""
-    top_k: int = Field(12, gt=0)
-    """`moba`: chunks that a token computes at most, its own one among them."""
-    budgets: Path | None = None
-    """A file of `farspan calibrate`: heads select as many columns and diagonals as that says, whatever their mass."""
-    refresh: int = Field(1, gt=0)
-    """Steps for which a layer keeps its selection before it is estimated anew."""
-    dense_layers: list[Annotated[int, Field(ge=0)]] = []
-    """Layers, from 0, whose attention stays dense."""
-    dense_steps: int = Field(0, ge=0)
-    """The run's first steps, which train with dense attention; evaluation goes by `evaluate` from the first one on."""
-    train: bool = True
-    """Whether training selects; if not, evaluation alone does."""
-    evaluate: bool = True
-    """Whether evaluation selects."""
-    report_every: int = Field(20, gt=0)
-    """Steps between reports of the selections' balance over ranks."""
-    expected_density: float | None = Field(None, gt=0, le=1)
-    """Share of causal attention that selections are expected to compute, for predictions alone (`farspan plan` and
-    `parallel.plan: auto`); when not given, what `budgets` or the caps allow at most."""
-
-    def layers(self, count: int, window: WindowSection | None) -> list[int]:
-        """Those of so many layers that select: all without a window but `dense_layers`."""
-        full = range(count) if window is None else window.full_layers
-        return sorted(set(full) - set(self.dense_layers))
-
-    @property
-    def settings(self) -> Settings:
-        method = ESTIMATORS[self.estimator]
-        return method(**{field.name: getattr(self, field.name) for field in fields(method)})
-
-    @model_validator(mode="after")
-    def _check_estimator(self) -> SparseSection:
-        for name in ESTIMATORS:
-            given = [key for key in _own_keys(name) if key in self.model_fields_set]
-            if name != self.estimator and given:
-                raise ValueError(
-                    f"attention.sparse.{given[0]} is for attention.sparse.estimator {name}, and this is "
-                    f"{self.estimator}; leave it out, or set attention.sparse.estimator to {name}"
-                )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_keys_of_others(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        others = {key for name in ESTIMATORS if name != self.estimator for key in _own_keys(name)}
-        return {key: value for key, value in dump(self).items() if key not in others}
-
-
-def _own_keys(estimator: str) -> list[str]:
-    """What only this estimator reads."""
-    return [field.name for field in fields(ESTIMATORS[estimator])] + ["budgets"] * (estimator == "vertical_slash")
-
-
-class AttentionSection(_Section):
-    backend: str = "deterministic"
-    """Kernels that compute attention on one device: `auto` is the fastest for each piece of work, `deterministic` the
-    fastest whose gradients repeat bit for bit; or a backend's name, which then computes all."""
-    across_documents: bool = False
-    """Whether tokens see earlier documents of their row; if not, rotary positions restart at each document."""
-    star: StarSection | None = None
-    """Star Attention, by any plan, for every layer that has no window; dense attention when not given."""
-    window: WindowSection | None = None
-    """Sliding windows for all layers but `full_layers`; none when not given."""
-    sparse: SparseSection | None = None
-    """Dynamic sparse attention in all layers without a window but `dense_layers`; none when not given."""
-
-
-class MemorySection(_Section):
+class MemorySection(Section):
     recompute: RecomputeMode = "selective"
     """What the backward pass computes again: `none`, or whole layers from their input (`full`), or all of a layer but
     attention, whose results are kept as the layer's input is (`selective`). Gradients are the same in every bit."""
@@ -351,7 +145,7 @@ class MemorySection(_Section):
         return 1 if self.keep_layers == "auto" else self.keep_layers
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     learning_rate: float = Field(3e-4, gt=0)
     """Highest learning rate of the schedule."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
@@ -372,21 +166,21 @@ class OptimizerSection(_Section):
     """Norm to which the gradient is clipped; 0 for no clipping."""
 
 
-class EvalSection(_Section):
+class EvalSection(Section):
     every: int = Field(0, ge=0)
     """Steps between evaluations on held-out text; 0 for none but the last, which is always evaluated."""
     rows: int = Field(64, gt=0)
     """Held-out rows of one evaluation, or all where there are fewer."""
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     every: int = Field(500, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(3, gt=0)
     """How many checkpoints stay."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """The whole configuration of a run."""
 
     run: RunSection
@@ -414,7 +208,7 @@ class RunConfig(_Section):
             ("attention.backend", self.attention.backend, list(BACKENDS)),
         ):
             if value not in choices:
-                hint = _did_you_mean(value, choices) or ";"
+                hint = did_you_mean(value, choices) or ";"
                 raise ValueError(f"{key} is {value!r}{hint} possible are {', '.join(choices)}")
         if self.parallel.plan == "single" and self.parallel.context > 1:
             raise ValueError(
@@ -444,9 +238,40 @@ class RunConfig(_Section):
     def row_lengths(self) -> tuple[int, ...]:
         """Tokens of the rows that training takes, the longest first."""
         longest = self.train.sequence_length
-        if self.data.method == "concat":
+        if self.data.method != "decompose":
             return (longest,)
         return tuple(longest >> i for i in range((longest // self.data.decompose.shortest).bit_length()))
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> RunConfig:
+        data, window = self.data, self.data.growing_window
+        if data.blend is not None and data.method == "decompose":
+            raise ValueError(
+                "data.blend is for rows of one length, and data.method decompose makes rows of several; leave it out, "
+                "or set data.method to best_fit"
+            )
+        if data.overlong != "split" and data.method in ("concat", "decompose"):
+            raise ValueError(
+                f"data.overlong {data.overlong} does nothing with data.method {data.method}, which cuts documents "
+                "anyway; leave it out, or set data.method to best_fit or padded"
+            )
+        if window is None:
+            return self
+        for key, given in (
+            ("data.method decompose", data.method == "decompose"),
+            ("attention.star", self.attention.star is not None),
+            ("attention.across_documents", self.attention.across_documents),
+        ):
+            if given:
+                raise ValueError(
+                    f"data.growing_window divides rows as documents do, which does not go with {key}; leave one out"
+                )
+        if window.start >= self.train.sequence_length:
+            raise ValueError(
+                f"data.growing_window.start {window.start} is not less than train.sequence_length "
+                f"{self.train.sequence_length}, so that nothing grows; lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_decompose(self) -> RunConfig:
@@ -474,7 +299,7 @@ class RunConfig(_Section):
                 f"{train.sequence_length}, which the longest rows have; lower it"
             )
         if isinstance(curriculum.odds, str) and curriculum.odds not in ODDS:
-            hint = _did_you_mean(curriculum.odds, list(ODDS)) or ";"
+            hint = did_you_mean(curriculum.odds, list(ODDS)) or ";"
             raise ValueError(
                 f"curriculum.odds is {curriculum.odds!r}{hint} possible are {', '.join(ODDS)} or a list of numbers"
             )
@@ -723,7 +548,7 @@ def _one_line(path: Path, error: ValidationError) -> str:
         if detail["type"] == "extra_forbidden":
             *section, name = detail["loc"]
             known = list(_section_at(section).model_fields)
-            problems.append(f"there is no key {key}{_did_you_mean(str(name), known)} (keys there: {', '.join(known)})")
+            problems.append(f"there is no key {key}{did_you_mean(str(name), known)} (keys there: {', '.join(known)})")
         elif detail["type"] == "missing":
             problems.append(f"{key} is required")
         elif detail["type"] == "value_error":
@@ -739,13 +564,10 @@ def _one_line(path: Path, error: ValidationError) -> str:
 def _section_at(location: Sequence[Any]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for name in location:
+        if isinstance(name, int):  # of an entry in a list of sections
+            continue
         annotation = section.model_fields[str(name)].annotation
         section = next(
             t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)
         )
     return section
-
-
-def _did_you_mean(value: str, choices: Sequence[str]) -> str:
-    near = get_close_matches(value, choices, 1)
-    return f", did you mean {near[0]!r}?" if near else ""

@@ -73,10 +73,10 @@ class Engine:
                 dist_init_required=False,
             )
 
-    def forward(self, batch: DecoderInput) -> Tensor:
-        """The sum of this rank's token losses, fp64."""
-        total, _ = self._engine(batch)
-        return total
+    def forward(self, batch: DecoderInput) -> tuple[Tensor, Tensor]:
+        """The sum of this rank's token losses, fp64, and each of them, `[rows, slots]`, which has no gradient."""
+        total, losses = self._engine(batch)
+        return total, losses
 
     def backward(self, objective: Tensor, last: bool) -> None:
         """Adds the gradients of one micro-batch; `last` says that the optimizer steps after it."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from farspan.kernels.tiles import TILE
+from farspan.trainer.attention_config import SparseSection
 from farspan.trainer.budgets import Budgets
-from farspan.trainer.config import RunConfig, SparseSection
+from farspan.trainer.config import RunConfig
 
 
 @dataclass(frozen=True)

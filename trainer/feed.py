@@ -9,8 +9,6 @@ import numpy as np
 import torch.distributed as dist
 
 from farspan.data.batch import Batch
-from farspan.data.concatenated import ConcatRows
-from farspan.data.corpus import Corpus
 from farspan.data.prefetch import Prefetch
 from farspan.data.prepared import Prepared
 from farspan.data.rows import IGNORED, Row, blank_row
@@ -29,6 +27,7 @@ from farspan.parallel.sieve import Sieve
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.config import KEYS_TRAVEL, RunConfig
 from farspan.trainer.first_rows import training_steps
+from farspan.trainer.packing import heldout_rows
 from farspan.trainer.plan_choice import build_plan
 from farspan.trainer.row_length import for_rows
 from farspan.trainer.sharing import Sharing
@@ -41,7 +40,7 @@ class Feed:
     def __init__(self, config: RunConfig, model: ModelConfig, prepared: Prepared, mesh: Mesh) -> None:
         self.mesh, self.config = mesh, config
         self.steps = training_steps(config, prepared)
-        self.heldout = ConcatRows(Corpus(prepared, "heldout"), config.train.sequence_length, config.run.seed)
+        self.heldout = heldout_rows(config, prepared)
         self.heldout_rows = min(config.eval.rows, len(self.heldout))
         self.sharings = {length: self._sharing(length) for length in self.steps.lengths}
         self.sparse = None if config.attention.sparse is None else SparseAttention(config, mesh.tensor_rank)

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from farspan.data.concatenated import ConcatRows
 from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
-from farspan.data.rows import Row, blank_row
-from farspan.data.steps import Epochs, FixedSteps, Steps
+from farspan.data.rows import Row
+from farspan.data.steps import Steps
+from farspan.trainer.arrangement import row_without_text
 from farspan.trainer.config import RunConfig
 from farspan.trainer.decomposed import curriculum_steps, decompose_corpus
+from farspan.trainer.packing import packed_steps
 
 
 def training_steps(config: RunConfig, prepared: Prepared) -> Steps:
     """The training rows of every step, over all ranks."""
-    seed, corpus = config.run.seed, Corpus(prepared, "train")
     if config.data.method == "decompose":
+        corpus = Corpus(prepared, "train")
         return curriculum_steps(config, corpus, decompose_corpus(config, corpus))
-    rows = ConcatRows(corpus, config.train.sequence_length, seed)
-    return FixedSteps(Epochs(rows, seed), config.train.rows_per_step)
+    return packed_steps(config, prepared)
 
 
 def first_rows(config: RunConfig) -> tuple[list[Row], str]:
     """Those of the first micro-batch, and what they are; rows with one document each where there is no text yet."""
     length, across = config.train.sequence_length, config.attention.across_documents
     if config.data.method == "decompose":
-        return [blank_row(length)], f"rows of one document, {length:,} tokens, as all of data.method decompose"
+        return [row_without_text(config)], f"rows of one document, {length:,} tokens, as all of data.method decompose"
     try:
         steps = training_steps(config, load_prepared(config.data.directory))
     except DataError as error:
-        return [blank_row(length)], f"rows of one document, {length:,} tokens, since there is no text. {error}"
+        return [row_without_text(config)], f"rows of one document, {length:,} tokens, since there is no text. {error}"
     taken = [steps.row(sample) for sample in steps.samples(0)[: config.train.micro_batch_rows]]
     documents = sum(len(row.cu_seqlens) - 1 for row in taken)
     seen = "seen across documents" if across else "each seen by itself"

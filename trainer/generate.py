@@ -14,15 +14,15 @@ import torch.distributed as dist
 
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
-from farspan.data.tokenizer import Tokenizer
 from farspan.models import prefill
 from farspan.models.config import ModelConfig
 from farspan.models.prefill import Share
 from farspan.models.reader import Reader
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
+from farspan.trainer.attention_config import StarSection
 from farspan.trainer.checkpoint.weights import newest_decoder
-from farspan.trainer.config import ConfigError, RunConfig, StarSection, load_run_config
+from farspan.trainer.config import ConfigError, RunConfig, load_run_config
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
 
@@ -115,7 +115,7 @@ def run(request: Request) -> None:
 
 
 def _answer(ready: Ready, mesh: Mesh, say: Callable[[str], None]) -> str:
-    request, tokenizer = ready.request, Tokenizer(ready.data.tokenizer_path)
+    request, tokenizer = ready.request, ready.data.open_tokenizer()
     text, question = tokenizer.encode(ready.text).tolist(), tokenizer.encode(request.question).tolist()
     model = newest_decoder(request.run, ready.config, ready.model, mesh, say)
     share = _share(ready, len(text), mesh, say)

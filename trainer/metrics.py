@@ -28,7 +28,19 @@ TENSORBOARD_TAGS = {
 
 
 # Names of several values, such as those by layer, and where they go.
-TENSORBOARD_FOLDERS = {"sparse_": "sparse/"}
+TENSORBOARD_FOLDERS = {
+    "sparse_": "sparse/",
+    "blend_rows_": "data/rows_of_",
+    "blend_epochs_": "data/epochs_of_",
+    "loss_length_": "loss_by_length/",
+    "loss_position_": "loss_by_position/",
+    "tokens_length_": "tokens_by_length/",
+    "tokens_position_": "tokens_by_position/",
+    "eval_loss_length_": "eval_by_length/",
+    "eval_loss_position_": "eval_by_position/",
+    "eval_tokens_length_": "eval_tokens_by_length/",
+    "eval_tokens_position_": "eval_tokens_by_position/",
+}
 
 
 class MetricsError(Exception):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from farspan.data.answers import has_notes
 from farspan.data.errors import DataError
 from farspan.data.prepared import Prepared, load_prepared
 from farspan.kernels.choice import check_backend
@@ -19,8 +20,10 @@ from farspan.trainer.budgets import Budgets
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.describe_backends import attention_problem
+from farspan.trainer.documents import check_documents
 from farspan.trainer.first_rows import training_steps
 from farspan.trainer.host_memory import check_host_memory
+from farspan.trainer.packing import heldout_rows
 from farspan.trainer.row_length import degrees_for_rows, for_rows
 
 
@@ -45,6 +48,7 @@ def check(config: RunConfig, processes: int) -> Preflight:
         prepared = load_prepared(config.data.directory)
         if config.data.tokenizer is not None:
             prepared.check_tokenizer(config.data.tokenizer)
+        check_documents(config, prepared)
     except (MeshError, DataError) as error:
         raise ConfigError(str(error)) from error
     model = with_vocabulary(config, prepared)
@@ -53,11 +57,11 @@ def check(config: RunConfig, processes: int) -> Preflight:
     _check_sparse_budgets(config)
     for shortage in short_splits(config, prepared):
         raise ConfigError(shortage)
-    if config.data.method == "decompose":
-        try:
-            training_steps(config, prepared)
-        except DataError as error:
-            raise ConfigError(str(error)) from error
+    try:
+        training_steps(config, prepared)
+        heldout_rows(config, prepared)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     longest = for_rows(config, config.train.sequence_length)
     if torch.cuda.is_available():
         shared = degrees_for_rows(config, degrees, config.train.sequence_length)
@@ -106,11 +110,15 @@ def with_vocabulary(config: RunConfig, prepared: Prepared) -> ModelConfig:
 
 
 def short_splits(config: RunConfig, prepared: Prepared) -> Iterator[str]:
-    """What is wrong with splits that do not fill one row."""
+    """What is wrong with splits that do not fill one row, where rows are cut from one stream."""
     length = config.train.sequence_length
+    packed = {
+        "train": config.data.method in ("best_fit", "padded"),
+        "heldout": has_notes(prepared.directory, "heldout"),
+    }
     remedies = {"train": "prepare more text in data.sources", "heldout": "prepare with a larger data.heldout_fraction"}
     for split, tokens in prepared.tokens.items():
-        if tokens < length:
+        if tokens < length and not packed[split]:
             yield (
                 f"train.sequence_length is {length}, but the {split} split has only {tokens} tokens: lower "
                 f"train.sequence_length, or {remedies[split]}"

@@ -7,7 +7,8 @@ import numpy as np
 from farspan.kernels.tiles import TILE
 from farspan.parallel.pairs import VisiblePairs
 from farspan.parallel.plan import Plan
-from farspan.trainer.config import RunConfig, SparseSection
+from farspan.trainer.attention_config import SparseSection
+from farspan.trainer.config import RunConfig
 
 # Of a tile in a list, and of a key's place among the columns.
 _NUMBER = 4

@@ -17,6 +17,7 @@ from farspan.trainer.config import RunConfig, dump_config
 from farspan.trainer.describe_backends import attention_problem, describe_backends
 from farspan.trainer.feed import Feed
 from farspan.trainer.metrics import MetricsFile
+from farspan.trainer.packing import describe_rows
 from farspan.trainer.preflight import Preflight
 
 
@@ -52,6 +53,8 @@ def describe_start(
         f"text: {preflight.prepared.tokens['train']:,} tokens in {preflight.prepared.documents['train']:,} documents | "
         f"held out: {feed.heldout_rows} rows"
     )
+    for line in describe_rows(config, feed.steps):
+        report(line)
     report(f"attention of the first batch: {_backends(config, feed, step)}")
 
 

@@ -18,6 +18,7 @@ from farspan.models.recompute import Recomputation, on_device
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.callbacks.evaluation import Evaluation
 from farspan.trainer.callbacks.keeping import Keeping
+from farspan.trainer.callbacks.mixture import Mixture
 from farspan.trainer.callbacks.recording import Recording
 from farspan.trainer.callbacks.saving import Saving
 from farspan.trainer.callbacks.sparseness import Sparseness
@@ -27,6 +28,7 @@ from farspan.trainer.checkpoint.weights import begin_with
 from farspan.trainer.config import ConfigError, RunConfig, dump_config
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
+from farspan.trainer.packing import blend_of
 from farspan.trainer.preflight import Preflight, check
 from farspan.trainer.process_group import start_process_group
 from farspan.trainer.row_length import narrower_contexts
@@ -84,6 +86,8 @@ def train_on(
     recording = Recording(directory, found.step if found else 0, report) if leads else None
     if feed.sparse is not None:
         callbacks.append(Sparseness(feed.sparse, recording))
+    if (blend := blend_of(feed.steps)) is not None:
+        callbacks.append(Mixture(blend, config.train.rows_per_step))
     if recording is not None:
         callbacks.append(recording)
     callbacks.append(Saving(state, config.checkpoint.every, report))

@@ -16,6 +16,7 @@ from farspan.trainer.config import RunConfig
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
 from farspan.trainer.loss import LossLaw
+from farspan.trainer.loss_profile import LossProfile
 from farspan.trainer.schedule import learning_rate
 from farspan.trainer.stop import StopRequest
 
@@ -39,7 +40,7 @@ class StepRecord:
     context: int
     eval_loss: float | None = None
     further: dict[str, float] = field(default_factory=dict)
-    """What callbacks measured besides, by name."""
+    """What was measured besides, by name."""
 
 
 class Callback(Protocol):
@@ -73,18 +74,21 @@ class Trainer:
             for callback in self.callbacks:
                 callback.after_step(self, record)
 
-    def evaluate(self) -> float:
-        """Mean loss of the held-out rows."""
+    def evaluate(self) -> tuple[float, dict[str, float]]:
+        """Mean loss of the held-out rows, and their loss profile."""
         batches = self.feed.heldout_batches()
         law = self._law(batches)
         self._begin(self.step, training=False)
         self.engine.training(False)
+        profile = LossProfile(self.mesh)
         with torch.no_grad():
             total = self._no_loss()
             for batch in batches:
-                total += self.engine.forward(self.feed.decoder_input(batch))
+                local_sum, losses = self.engine.forward(self.feed.decoder_input(batch))
+                total += local_sum
+                profile.add(batch, losses)
         self.engine.training(True)
-        return law.mean(total)
+        return law.mean(total), profile.means()
 
     def _one_step(self) -> StepRecord:
         begin = time.perf_counter()
@@ -94,11 +98,14 @@ class Trainer:
         law = self._law(batches)
         self._begin(step, training=True)
         self.step += 1
+        profile = LossProfile(self.mesh) if self.step % train.report_every == 0 else None
         total = self._no_loss()
         for number, batch in enumerate(batches, start=1):
-            local_sum = self.engine.forward(self.feed.decoder_input(batch, step))
+            local_sum, losses = self.engine.forward(self.feed.decoder_input(batch, step))
             self.engine.backward(law.objective(local_sum), last=number == len(batches))
             total += local_sum.detach()
+            if profile is not None:
+                profile.add(batch, losses)
         if not self.last_step:
             self.feed.look_ahead(self.step)
         rate = learning_rate(self.config.optimizer, self.step, train.steps)
@@ -122,6 +129,7 @@ class Trainer:
             tokens_per_second=law.valid_tokens / seconds,
             sequence_length=sharing.length,
             context=sharing.mesh.degrees.context,
+            further={} if profile is None else profile.means(),
         )
 
     def _begin(self, step: int, training: bool) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from farspan.data.corpus import Corpus
 from farspan.data.prepare import Prepared, prepare
-from farspan.data.text import find_documents, read_document
+from farspan.data.text import read_document, standard_library
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +16,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "below").mkdir()
     (folder / "below" / "odd.txt").write_bytes("\tspaces  \u2581 \r\n<eod> 😀\n".encode())
     (folder / "empty.py").write_bytes(b"")
-    for number, path in enumerate(find_documents(["python-stdlib"])[:60]):
-        (folder / f"{number:02d}.py").write_bytes(read_document(path).encode())
+    for number, document in enumerate(standard_library()[:60]):
+        (folder / f"{number:02d}.py").write_bytes(read_document(document.path).encode())
     return folder
 
 

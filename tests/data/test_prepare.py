@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
 from farspan.data.prepare import Prepared, load_prepared, prepare
-from farspan.data.text import named_documents, read_document
+from farspan.data.text import read_document, text_files
 from farspan.data.tokenizer import Tokenizer
 
 
@@ -36,7 +37,7 @@ def _read_all(corpus: Corpus) -> list[list[int]]:
 def _names(texts: Path, prepared: Prepared, split: Any) -> set[str]:
     """Which files a split holds, found by their content."""
     tokenizer = Tokenizer(prepared.tokenizer_path)
-    names = {read_document(document.path): document.name for document in named_documents([str(texts)])}
+    names = {read_document(document.path): document.name for document in text_files(texts, (".py", ".txt"))}
     return {names[tokenizer.decode(tokens)] for tokens in _read_all(Corpus(prepared, split))}
 
 
@@ -49,7 +50,8 @@ def test_every_document_comes_back_from_one_of_the_splits(texts: Path, prepared:
         assert len(documents) == prepared.documents[split] > 0
         assert sum(map(len, documents)) == prepared.tokens[split]
         read += [tokenizer.decode(document) for document in documents]
-    assert sorted(read) == sorted(read_document(path.path) for path in named_documents([str(texts)]))
+    documents = [read_document(document.path) for document in text_files(texts, (".py", ".txt"))]
+    assert sorted(read) == sorted(text for text in documents if text)  # empty ones are dropped
     assert prepared.vocabulary_size == tokenizer.vocabulary_size == 800
     assert prepared.tokenizer_digest == tokenizer.digest
 
@@ -151,14 +153,23 @@ def test_a_directory_with_something_else_is_refused_and_an_empty_one_used(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_preparation_leaves_nothing(texts: Path, tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_interrupted_preparation_leaves_nothing_that_loads_and_is_gone_on_with(
+    texts: Path, prepared: Prepared, tmp_path: Path, error: type[BaseException]
+) -> None:
     def interrupt(line: str) -> None:
         if "training a tokenizer" in line:
             raise error
 
     with pytest.raises(error):
         _prepare(texts, tmp_path / "tokens", report=interrupt)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.partial"]
+    for directory in (tmp_path / "tokens", tmp_path / "tokens.partial"):
+        with pytest.raises(DataError, match="farspan prepare CONFIG"):
+            load_prepared(directory)
+    lines: list[str] = []
+    _prepare(texts, tmp_path / "tokens", report=lines.append)
+    assert any(line.startswith("going on with") for line in lines)
+    assert _contents(tmp_path / "tokens") == _contents(prepared.directory)
 
 
 def _meanwhile(act: Callable[[], object]) -> Callable[[str], None]:
@@ -172,20 +183,20 @@ def _meanwhile(act: Callable[[], object]) -> Callable[[str], None]:
     return report
 
 
-def test_of_two_preparations_at_once_one_wins_and_both_return(texts: Path, prepared: Prepared, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [3, 4])
+def test_of_two_preparations_at_once_the_later_is_refused(
+    texts: Path, prepared: Prepared, tmp_path: Path, seed: int
+) -> None:
     directory = tmp_path / "tokens"
-    first: list[Prepared] = []
-    second = _prepare(texts, directory, report=_meanwhile(lambda: first.append(_prepare(texts, directory))))
-    assert first == [second]
+
+    def be_refused() -> None:
+        with pytest.raises(
+            DataError, match=rf"tokens .* is being prepared by process {os.getpid()} on .*data\.directory"
+        ):
+            _prepare(texts, directory, seed=seed)
+
+    _prepare(texts, directory, report=_meanwhile(be_refused))
     assert _contents(directory) == _contents(prepared.directory)
-    assert list(tmp_path.iterdir()) == [directory]
-
-
-def test_of_two_different_preparations_at_once_the_later_is_refused(texts: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "tokens"
-    with pytest.raises(DataError, match=r"other run\.seed"):
-        _prepare(texts, directory, report=_meanwhile(lambda: _prepare(texts, directory, seed=4)))
-    assert load_prepared(directory).tokens["train"] > 0
     assert list(tmp_path.iterdir()) == [directory]
 
 

@@ -1,17 +1,23 @@
 import signal
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from farspan.data.errors import DataError
-from farspan.data.text import find_documents, named_documents, read_document
+from farspan.data.sources import Source, list_sources
+from farspan.data.text import read_document, standard_library
 
 
 def _write(path: Path, content: bytes = b"text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
+
+
+def _paths(sources: Sequence[str | Source]) -> list[Path]:
+    return [file.path for listing in list_sources(sources) for file in listing.files]
 
 
 def _too_long(*arguments: object) -> None:
@@ -21,15 +27,15 @@ def _too_long(*arguments: object) -> None:
 def test_a_folder_is_searched_to_its_depths_for_the_suffixes_in_sorted_order(tmp_path: Path) -> None:
     expected = [_write(tmp_path / name) for name in ("B.TXT", "a/z/deep.py", "b.md", "c.txt")]
     _write(tmp_path / "image.png")
-    assert find_documents([str(tmp_path)]) == expected
-    assert find_documents([str(tmp_path)], suffixes=(".png",)) == [tmp_path / "image.png"]
+    assert _paths([str(tmp_path)]) == expected
+    assert _paths([Source(str(tmp_path), suffixes=(".png",))]) == [tmp_path / "image.png"]
 
 
 def test_a_file_is_taken_whatever_its_suffix_and_no_file_twice(tmp_path: Path) -> None:
     log = _write(tmp_path / "run.log")
     note = _write(tmp_path / "notes" / "note.txt")
-    documents = named_documents([str(log), str(tmp_path), str(note)])
-    assert [(document.path, document.name) for document in documents] == [(log, "run.log"), (note, "notes/note.txt")]
+    files = [file for listing in list_sources([str(log), str(tmp_path), str(note)]) for file in listing.files]
+    assert [(file.path, file.name) for file in files] == [(log, "run.log"), (note, "notes/note.txt")]
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
@@ -44,14 +50,15 @@ def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(10)
     try:
-        found = find_documents([str(corpus)])
+        found = _paths([str(corpus)])
     finally:
         signal.alarm(0)
     assert found == [corpus / "other" / "outside.txt", inside]
 
 
 def test_the_standard_library_is_its_own_python_sources_and_all_of_them_are_text() -> None:
-    documents = named_documents(["python-stdlib"])
+    documents = standard_library()
+    assert [document.path for document in documents] == _paths(["python-stdlib"])
     names = [document.name for document in documents]
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert names == sorted(names)
@@ -78,4 +85,4 @@ def test_a_source_without_text_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     _write(tmp_path / "full" / "text.md")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"data\.sources"):
-        find_documents(sources)
+        list_sources(sources)

@@ -8,7 +8,7 @@ import sentencepiece
 
 from farspan.data.errors import DataError
 from farspan.data.prepare import Prepared
-from farspan.data.text import find_documents, read_document
+from farspan.data.text import read_document, standard_library, text_files
 from farspan.data.tokenizer import Tokenizer, train_tokenizer
 
 NASTY = [
@@ -52,7 +52,7 @@ def test_every_character_of_unicode_comes_back(tokenizer: Tokenizer) -> None:
 
 def test_a_part_of_every_file_of_the_standard_library_comes_back(tokenizer: Tokenizer) -> None:
     places = random.Random(0)
-    for path in find_documents(["python-stdlib"]):
+    for path in (document.path for document in standard_library()):
         text = read_document(path)
         start = places.randrange(max(1, len(text) - 4000))
         assert tokenizer.decode(tokenizer.encode(text[start : start + 4000])) == text[start : start + 4000], path
@@ -60,13 +60,13 @@ def test_a_part_of_every_file_of_the_standard_library_comes_back(tokenizer: Toke
 
 @pytest.mark.full
 def test_every_file_of_the_standard_library_comes_back(tokenizer: Tokenizer) -> None:
-    for path in find_documents(["python-stdlib"]):
+    for path in (document.path for document in standard_library()):
         text = read_document(path)
         assert tokenizer.decode(tokenizer.encode(text)) == text, path
 
 
 def test_long_texts_have_the_tokens_that_the_model_gives_them_whole(tokenizer: Tokenizer, prepared: Prepared) -> None:
-    text = "\n".join(read_document(path) for path in find_documents(["python-stdlib"])[:20])
+    text = "\n".join(read_document(document.path) for document in standard_library()[:20])
     assert len(text) > 200_000
     model = sentencepiece.SentencePieceProcessor(model_file=str(prepared.tokenizer_path))
     assert tokenizer.encode(text).tolist() == model.encode(text)
@@ -97,7 +97,7 @@ def test_decoding_drops_the_end_of_documents_and_marks_cut_characters(tokenizer:
 
 
 def test_training_is_a_pure_function_of_documents_and_seed(tmp_path: Path, texts: Path) -> None:
-    documents = [read_document(path) for path in find_documents([str(texts)])]
+    documents = [read_document(document.path) for document in text_files(texts, (".py", ".txt"))]
     digests = []
     for number, seed in enumerate([7, 7, 8]):
         path = tmp_path / str(number)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.corpus import prepare_small
 from support.pool import Pool
+from support.training import train_runs
 
 from farspan.data.prepared import load_prepared
 from farspan.parallel import orders
@@ -50,29 +50,6 @@ def make_config(directory: Path, prepared: Path, context: int, tensor: int, zero
     }
     tree["parallel"] = {"context": context, "tensor": tensor, "zero_stage": zero, **changes}
     return RunConfig.model_validate(tree)
-
-
-def train_runs(rank: int, world: int, configs: list[RunConfig]) -> list[list[dict[str, Any]]]:
-    """Trains each configuration in turn on all ranks of the pool; rank 0 returns the rows of metrics.jsonl."""
-    from farspan.launch.quiet import quiet_libraries
-
-    quiet_libraries()
-    from farspan.parallel.mesh import Mesh
-    from farspan.trainer.metrics import MetricsFile
-    from farspan.trainer.preflight import check
-    from farspan.trainer.stop import StopRequest
-    from farspan.trainer.train import train_on
-
-    results = []
-    for config in configs:
-        if rank == 0:
-            config.run.dir.mkdir(parents=True)
-        preflight = check(config, world)
-        mesh = Mesh.create(preflight.degrees, torch.device("cpu"))
-        train_on(mesh, config, preflight, StopRequest(), True, lambda line: None)
-        mesh.destroy()
-        results.append(MetricsFile(config.run.dir / "metrics.jsonl").read() if rank == 0 else [])
-    return results
 
 
 @pytest.fixture(scope="module")

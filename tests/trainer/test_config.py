@@ -255,7 +255,7 @@ def test_overrides_are_yaml_and_take_precedence(path: Path) -> None:
         ],
     )
     assert (config.train.steps, config.optimizer.learning_rate) == (8, 3e-4)
-    assert (config.optimizer.betas, config.data.sources) == ((0.8, 0.9), ["a b", "c"])
+    assert (config.optimizer.betas, [source.path for source in config.data.sources]) == ((0.8, 0.9), ["a b", "c"])
     assert config.run.dir == Path("elsewhere=here")
     assert config.model.qkv_bias is True
     assert config.data.tokenizer is None

@@ -86,7 +86,7 @@ def test_rows_that_do_not_divide(config_file: Path) -> None:
 def test_star_attention_for_answers_needs_data_that_has_them(config_file: Path) -> None:
     preflight(config_file, 1, "attention.star.block=16")
     message = refusal(config_file, 1, "attention.star.block=16", "attention.star.mode=sft")
-    assert message.startswith("attention.star.mode sft takes the end of each document's context from the data, and ")
+    assert message.startswith("attention.star.mode sft takes the end of each context from the data, and ")
 
 
 def test_a_tokenizer_larger_than_the_model(config_file: Path) -> None:

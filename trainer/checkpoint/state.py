@@ -87,6 +87,12 @@ def _samples_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "train.sequence_length": train.sequence_length,
         "data.method": data.method,
     }
+    if data.method in ("best_fit", "padded"):
+        found["data.overlong"] = data.overlong
+    if data.blend is not None:
+        parts = data.blend.parts.items()
+        found |= {f"data.blend.parts.{name}": part.model_dump() for name, part in parts}
+        found["data.blend.stages"] = [stage.model_dump() for stage in data.blend.stages]
     if data.method == "decompose":
         found |= {f"data.decompose.{key}": value for key, value in data.decompose.model_dump().items()}
         found |= {

@@ -1,0 +1,121 @@
+"""From questions in `.jsonl` to training on their answers, with Star Attention's blocks over the contexts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.conversations import prepare_questions
+from support.pool import Pool
+from support.training import train_runs
+
+from farspan.data.corpus import Corpus
+from farspan.data.prepared import load_prepared
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.packing import heldout_rows, packed_steps
+from farspan.trainer.preflight import check
+
+pytestmark = pytest.mark.distributed
+
+LENGTH = 384
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_questions(tmp_path_factory.mktemp("questions"), "plain")
+
+
+def config_of(directory: Path, prepared: Path, context: int = 1, **changes: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "run": {"dir": str(directory), "seed": 5},
+        "model": {
+            "hidden_size": 32,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 8,
+            "feed_forward_size": 48,
+        },
+        "data": {"sources": ["unused"], "directory": str(prepared), "method": "best_fit", "overlong": "drop"},
+        "train": {"steps": 4, "sequence_length": LENGTH, "tokens_per_step": 2 * LENGTH, "dtype": "fp32"},
+        "attention": {"star": {"block": 32, "mode": "sft"}},
+        "parallel": {"context": context, "plan": "star", "order": "two_class"},
+        "eval": {"rows": 3},
+    }
+    for section, values in changes.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return RunConfig.model_validate(tree)
+
+
+def test_rows_ask_for_answers_alone(tmp_path: Path, prepared: Path) -> None:
+    config, opened = config_of(tmp_path, prepared), load_prepared(prepared)
+    records = [json.loads(line) for line in (prepared.parent / "questions.jsonl").read_text().splitlines()]
+    answers = {record["answer"] for record in records}
+    tokenizer = opened.open_tokenizer()
+    steps, heldout = packed_steps(config, opened), heldout_rows(config, opened)
+    rows = [steps.row(sample) for sample in steps.samples(0)] + [heldout[0]]
+    for row in rows:
+        assert row.contexts is not None
+        assert len(row.contexts) == len(row.cu_seqlens) - 1
+        found = tokenizer.decode(row.labels[row.labels >= 0])
+        asked = 0
+        for (begin, end), context in zip(zip(row.cu_seqlens, row.cu_seqlens[1:]), row.contexts):
+            labels = row.labels[begin:end]
+            if context == end - begin:  # padding
+                assert (labels == -100).all()
+                continue
+            asked += 1
+            assert tokenizer.decode(labels[labels >= 0]) in answers
+            assert labels[labels >= 0][-1] == opened.eod
+            question = tokenizer.decode(row.tokens[begin + context : end])
+            assert question.startswith("\nLine ")
+        assert asked > 1
+        assert found
+
+
+def test_training_on_answers_does_not_depend_on_the_ranks(pool: Pool, tmp_path: Path, prepared: Path) -> None:
+    runs = {
+        "alone": (1, config_of(tmp_path / "alone", prepared)),
+        "star": (2, config_of(tmp_path / "star", prepared, 2)),
+        "ring": (2, config_of(tmp_path / "ring", prepared, 2, parallel={"plan": "ring", "order": "zigzag"})),
+    }
+    found = {name: pool.run(world, train_runs, [config])[0][0] for name, (world, config) in runs.items()}
+    corpus = Corpus(load_prepared(prepared), "train")
+    told = [answers for i in range(len(corpus.lengths)) if (answers := corpus.answers(i)) is not None]
+    answered = sum(int((answers.spans[:, 1] - answers.spans[:, 0]).sum()) for answers in told)
+    assert 0 < found["alone"][0]["tokens"] < answered
+    for name in ("star", "ring"):
+        assert len(found[name]) == 4
+        for one, other in zip(found["alone"], found[name], strict=True):
+            assert one["tokens"] == other["tokens"]
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert found["star"][-1]["eval_loss"] == pytest.approx(found["alone"][-1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"method": "concat", "overlong": "split"}, "holds conversations, which data.method concat .* would cut"),
+        ({"overlong": "split"}, "data.overlong split would cut: set data.method to best_fit or padded"),
+        ({"method": "decompose", "overlong": "split"}, "holds conversations, which data.method decompose"),
+    ],
+)
+def test_conversations_are_never_cut(tmp_path: Path, prepared: Path, data: dict[str, Any], said: str) -> None:
+    changes: dict[str, Any] = {
+        "data": data,
+        "attention": {"star": None},
+        "parallel": {"plan": "ring", "order": "zigzag"},
+    }
+    if data.get("method") == "decompose":
+        changes["train"] = {"sequence_length": 256, "tokens_per_step": 1024}
+    with pytest.raises(ConfigError, match=said):
+        check(config_of(tmp_path, prepared, **changes), 1)
+
+
+def test_conversations_that_are_all_too_long_are_an_error(tmp_path: Path, prepared: Path) -> None:
+    train = {"sequence_length": 64, "tokens_per_step": 128}
+    with pytest.raises(ConfigError, match=r"none of .* documents fits into rows of train\.sequence_length 64"):
+        check(config_of(tmp_path, prepared, train=train), 1)

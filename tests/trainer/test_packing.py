@@ -1,0 +1,239 @@
+"""Ways of making rows by configuration: which documents they hold, that blends are counted, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from farspan.data.corpus import Corpus
+from farspan.data.errors import DataError
+from farspan.data.prepare import prepare
+from farspan.data.prepared import Prepared
+from farspan.data.sources import Source
+from farspan.data.text import standard_library
+from farspan.trainer.callbacks.mixture import Mixture
+from farspan.trainer.checkpoint.state import RunState
+from farspan.trainer.checkpoint.store import CheckpointStore
+from farspan.trainer.compare import compare
+from farspan.trainer.config import RunConfig
+from farspan.trainer.documents import training_documents
+from farspan.trainer.packing import blend_of, describe_rows, heldout_rows, packed_steps
+from farspan.trainer.trainer import StepRecord
+
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Two sources: `notes`, of many short documents, and `code`, of few that are long."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("notes", "code"):
+        (folder / name).mkdir()
+    files = [document.path for document in standard_library() if 1000 < document.path.stat().st_size < 50_000]
+    for number, path in enumerate(files[:24]):
+        text, size = path.read_text(), 40 * (number + 1)
+        (folder / "code" / f"{number:02d}.py").write_text(text)
+        for line in range(6):
+            (folder / "notes" / f"{number:02d}_{line}.txt").write_text(text[line * 100 : line * 100 + size])
+    return prepare(
+        [Source(str(folder / "notes")), Source(str(folder / "code"))],
+        folder / "prepared",
+        tokenizer=None,
+        vocabulary_size=400,
+        heldout_fraction=0.1,
+        seed=1,
+        report=lambda line: None,
+    )
+
+
+def config_of(prepared: Prepared, **sections: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "run": {"dir": "unused", "seed": 3},
+        "model": {"preset": "tiny"},
+        "data": {"sources": ["unused"], "directory": str(prepared.directory)},
+        "train": {"steps": 10, "sequence_length": LENGTH, "tokens_per_step": 4 * LENGTH, "dtype": "fp32"},
+    }
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return RunConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize("method", ["concat", "best_fit", "padded"])
+def test_methods_make_rows_of_the_same_documents(prepared: Prepared, method: str) -> None:
+    config = config_of(prepared, data={"method": method})
+    steps, text = packed_steps(config, prepared), Corpus(prepared, "train")
+    assert steps.lengths == (LENGTH,)
+    row = steps.row(steps.samples(3)[2])
+    assert len(row.tokens) == LENGTH
+    (line,) = describe_rows(config, steps) or [""]
+    assert line.startswith(f"data.method {method}: ") == (method != "concat")
+    if method == "padded":
+        assert len(row.cu_seqlens) <= 3
+    if method == "best_fit":
+        least = -(-int(text.lengths.sum()) // LENGTH)
+        rows = int(re.findall(r"([\d,]+) rows", line)[0].replace(",", ""))
+        assert least <= rows <= 1.05 * least + 1
+
+
+def test_held_out_text_is_the_same_for_all_methods(prepared: Prepared) -> None:
+    plain = heldout_rows(config_of(prepared), prepared)
+    for method in ("best_fit", "padded"):
+        other = heldout_rows(config_of(prepared, data={"method": method}), prepared)
+        assert len(other) == len(plain)
+        assert np.array_equal(other[0].tokens, plain[0].tokens)
+
+
+def test_a_growing_window_divides_the_rows_of_early_steps(prepared: Prepared) -> None:
+    window = {"start": 16, "steps": 8}
+    steps = packed_steps(config_of(prepared, data={"growing_window": window}), prepared)
+    plain = packed_steps(config_of(prepared), prepared)
+    for step in (0, 4, 8):
+        for sample in steps.samples(step):
+            row, whole = steps.row(sample), plain.row(sample)
+            assert np.array_equal(row.labels, whole.labels)
+            assert (len(row.cu_seqlens) > len(whole.cu_seqlens)) == (step < 8)
+
+
+def blended(prepared: Prepared, parts: dict[str, Any], stages: list[Any] | None = None, **data: Any) -> RunConfig:
+    return config_of(prepared, data={"blend": {"parts": parts, "stages": stages or []}, **data})
+
+
+def test_a_blend_takes_shares_of_sources_and_of_their_long_documents(prepared: Prepared) -> None:
+    parts = {
+        "notes": {"weight": 0.5},
+        "long": {"source": "code", "min_tokens": 2000, "weight": 0.25},
+        "short": {"source": "code", "max_tokens": 1999, "weight": 0.25},
+    }
+    config = blended(prepared, parts, method="best_fit")
+    documents = training_documents(config, prepared)
+    lengths = Corpus(prepared, "train").lengths
+    code = prepared.sources["code"]["train"]
+    assert len(documents["long"].lengths) + len(documents["short"].lengths) == len(code)
+    assert documents["long"].lengths.min() >= 2000 > documents["short"].lengths.max()
+    assert documents["notes"].lengths.sum() + lengths[code.start : code.stop].sum() == lengths.sum()
+
+    steps = packed_steps(config, prepared)
+    blend = blend_of(steps)
+    assert blend is not None
+    counts = blend.counts(4000)
+    # Rows of notes are nearly as full as others.
+    assert counts["notes"] == pytest.approx(2000, rel=0.1)
+    assert counts["long"] == pytest.approx(counts["short"], rel=0.1)
+    lines = describe_rows(config, steps)
+    assert [line.split(": ")[1] for line in lines] == ["notes", "long", "short"]
+
+    record = StepRecord(5, 0, 0, 0, 0, 0, 0, LENGTH, 1)
+    Mixture(blend, 4).after_step(None, record)  # type: ignore[arg-type]
+    assert sum(value for name, value in record.further.items() if name.startswith("blend_rows_")) == 20
+    assert record.further["blend_epochs_long"] == blend.epochs(20)["long"]
+
+
+def test_without_weights_parts_share_by_their_tokens_and_epochs(prepared: Prepared) -> None:
+    config = blended(prepared, {"notes": {"epochs": 3}, "code": {}})
+    blend = blend_of(packed_steps(config, prepared))
+    assert blend is not None
+    rows = {name: len(rows) for name, rows in blend.rows.items()}
+    counts = blend.counts(3 * rows["notes"] + rows["code"])
+    assert counts["notes"] == pytest.approx(3 * rows["notes"], abs=1)
+
+
+def test_stages_change_weights_by_steps(prepared: Prepared) -> None:
+    stages = [{"steps": 4, "weights": {"notes": 1}}, {"weights": {"code": 3, "notes": 1}}]
+    blend = blend_of(packed_steps(blended(prepared, {"notes": {}, "code": {}}, stages), prepared))
+    assert blend is not None
+    assert blend.counts(16) == {"notes": 16, "code": 0}
+    assert blend.counts(40) == {"notes": 22, "code": 18}
+
+
+@pytest.mark.parametrize(
+    ("parts", "stages", "said"),
+    [
+        ({"notez": {}}, [], "data.blend.parts.notez has the name of a source, 'notez', which data.directory does not"),
+        (
+            {"a": {"source": "b"}},
+            [],
+            "parts.a.source is 'b', .* set data.blend.parts.a.source to one of notes",
+        ),
+        ({"notes": {"min_tokens": 10**6}}, [], "data.blend.parts.notes has no document of 1,000,000 to"),
+        ({"notes": {"epochs": 0.1}}, [], "data.blend has .* rows, and train.steps take 40"),
+        ({"notes": {}, "code": {}}, [{"steps": 3, "weights": {"notes": 1}}], "data.blend has 12 rows"),
+        (
+            {"notes": {}, "code": {}},
+            [{"weights": {"notes": 0}}],
+            "give some of notes, code a weight above 0",
+        ),
+    ],
+)
+def test_blends_that_the_text_does_not_do_for(prepared: Prepared, parts: Any, stages: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        packed_steps(blended(prepared, parts, stages), prepared)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"overlong": "drop"}, "data.overlong drop does nothing with data.method concat"),
+        ({"blend": {"parts": {}}}, "data.blend.parts|at least 1 item"),
+        ({"blend": {"parts": {"a": {}}, "stages": [{"weights": {"b": 1}}]}}, "name 'b'.* data.blend.parts are a"),
+        (
+            {"blend": {"parts": {"a": {}}, "stages": [{"weights": {"a": 1}}, {"weights": {"a": 1}}]}},
+            "only the last one can do without steps",
+        ),
+        ({"blend": {"parts": {"a": {"weight": 1}, "b": {}}}}, "a has a weight and b has none; give one to all"),
+        (
+            {"blend": {"parts": {"a": {"weight": 1}}, "stages": [{"weights": {"a": 1}}]}},
+            "data.blend.parts.a.weight does nothing beside data.blend.stages",
+        ),
+        ({"blend": {"parts": {"a": {}}}, "method": "decompose"}, "data.blend is for rows of one length"),
+        ({"growing_window": {"start": LENGTH, "steps": 5}}, "data.growing_window.start 512 is not less than"),
+        ({"growing_window": {"steps": 5}, "method": "decompose"}, "does not go with data.method decompose"),
+    ],
+)
+def test_configurations_that_contradict_themselves(prepared: Prepared, data: Any, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        config_of(prepared, data=data)
+
+
+def test_a_growing_window_does_not_go_across_documents(prepared: Prepared) -> None:
+    with pytest.raises(ValidationError, match=r"does not go with attention\.across_documents; leave one out"):
+        config_of(prepared, data={"growing_window": {"steps": 5}}, attention={"across_documents": True})
+
+
+def test_a_run_is_resumed_with_the_same_rows_only(prepared: Prepared, tmp_path: Path) -> None:
+    def identity(**data: Any) -> dict[str, Any]:
+        config = config_of(prepared, data=data)
+        return RunState(CheckpointStore(tmp_path, 1), config, config.model, "", prepared).identity
+
+    parts = {"notes": {"weight": 1}, "code": {"weight": 2}}
+    found = identity(method="best_fit", blend={"parts": parts})
+    others = [
+        identity(method="padded", blend={"parts": parts}),
+        identity(method="best_fit", overlong="drop", blend={"parts": parts}),
+        identity(method="best_fit", blend={"parts": parts | {"code": {"weight": 3}}}),
+        identity(method="best_fit"),
+    ]
+    changed = [{key for key in {**found, **other} if found.get(key) != other.get(key)} for other in others]
+    assert changed == [
+        {"data.method"},
+        {"data.overlong"},
+        {"data.blend.parts.code"},
+        {"data.blend.parts.notes", "data.blend.parts.code", "data.blend.stages"},
+    ]
+    # What tokens see may change, and so may how long a run is.
+    assert identity(growing_window={"steps": 5}) == identity()
+
+
+def test_methods_are_compared_in_a_table(prepared: Prepared) -> None:
+    lines: list[str] = []
+    compare(config_of(prepared, data={"growing_window": {"steps": 8}}), lines.append)
+    names = ["concat ", "concat, across documents", "best_fit, split", "padded, split", "decompose"]
+    assert all(line.startswith(name) for line, name in zip(lines[2:], names))
+    shares = dict(zip(names, lines[2:]))
+    assert "0.00%" in shares["best_fit, split"]
+    assert lines[7].startswith("mean context of concat with data.growing_window, by step: 0: ")
+    assert lines[8].startswith("padding: ")
