@@ -38,7 +38,7 @@ def config(folder: Path, name: str, length: int, steps: int, **sections: Any) ->
         "data": {"sources": ["unused"], "directory": str(folder / "prepared")},
         "train": {"steps": steps, "sequence_length": length, "tokens_per_step": 2048, "dtype": "fp32"},
         "parallel": {"plan": "single", "order": "contiguous"},
-        "attention": {"across_documents": True},
+        "attention": {"across_documents": True, "backend": "reference"},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
         "eval": {"rows": 4},
         "checkpoint": {"every": 1000},
