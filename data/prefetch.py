@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeVar
 
 Made = TypeVar("Made")
@@ -33,6 +34,8 @@ class Prefetch(Generic[Made]):
         self._asked: set[int] = set()
         self._made: dict[int, Made] = {}
         self._workers: list[tuple[BaseProcess, Connection]] = []
+        # At exit too, and before multiprocessing sends SIGTERM, which they ignore, and waits for them.
+        self._finalize = Finalize(self, _end, (self._workers,), exitpriority=0)
         for _ in range(workers):
             self._start()
 
@@ -50,11 +53,7 @@ class Prefetch(Generic[Made]):
         return made
 
     def close(self) -> None:
-        for process, pipe in self._workers:
-            pipe.close()
-            process.kill()
-            process.join()
-        self._workers = []
+        self._finalize()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
@@ -98,10 +97,19 @@ class Prefetch(Generic[Made]):
         )
 
 
+def _end(workers: list[tuple[BaseProcess, Connection]]) -> None:
+    while workers:
+        process, pipe = workers.pop()
+        pipe.close()
+        process.kill()
+        process.join()
+
+
 def _serve(make: Callable[[int], Any], pipe: Connection, inherited: list[Connection]) -> None:
-    # What asks a training process to stop is not for these: they end with it.
+    # What asks a training process to stop is not for these, though a terminal or Slurm sends it to all: they end with
+    # the process, which finishes its step first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for other in inherited:
         other.close()
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -60,6 +62,24 @@ def test_a_dead_process_is_an_error() -> None:
     with pytest.raises(PrefetchError, match=r"reads the rows of step \d+ \(data.workers\), died with exit code -9"):
         list(map(prefetch, range(1, 20)))
     prefetch.close()
+
+
+def test_signals_that_ask_training_to_stop_change_nothing() -> None:
+    prefetch = Prefetch(lambda step: os.getpid(), 1, patience=30)
+    for step, number in enumerate((signal.SIGINT, signal.SIGTERM)):
+        os.kill(prefetch(step), number)
+    assert prefetch(10) == prefetch(11)
+    prefetch.close()
+    prefetch.close()
+
+
+def test_a_program_ends_without_closing() -> None:
+    program = (
+        "from farspan.data.prefetch import Prefetch\n"
+        "prefetch = Prefetch(lambda step: step, 2, 30)\n"
+        "assert prefetch(3) == 3\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_processes_end_with_the_one_that_started_them() -> None:
