@@ -12,6 +12,7 @@ from torch import Tensor
 
 from farspan.data.batch import Batch
 from farspan.data.rows import IGNORED
+from farspan.kernels import to_device
 from farspan.parallel.mesh import Mesh
 
 BUCKETS = 40  # the last one holds lengths from 2^39 tokens on
@@ -37,7 +38,7 @@ class LossProfile:
         whole = (losses.flatten().double() / UNIT).round().long()
         parts = torch.stack((whole, torch.ones_like(whole)))
         for sums, buckets in zip(self._sums, buckets_of(batch), strict=True):
-            sums.index_add_(1, buckets.flatten().to(parts.device), parts)
+            sums.index_add_(1, to_device(buckets.flatten(), parts.device), parts)
 
     def means(self) -> dict[str, float]:
         """Collective over the ranks that share the loss: mean loss and count of each bucket that has tokens.
