@@ -90,8 +90,9 @@ def _samples_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
     if data.method in ("best_fit", "padded"):
         found["data.overlong"] = data.overlong
     if data.blend is not None:
-        parts = data.blend.parts.items()
-        found |= {f"data.blend.parts.{name}": part.model_dump() for name, part in parts}
+        parts = data.blend.parts
+        found["data.blend.parts (in order)"] = list(parts)  # each one's seed is that of its place
+        found |= {f"data.blend.parts.{name}": part.model_dump() for name, part in parts.items()}
         found["data.blend.stages"] = [stage.model_dump() for stage in data.blend.stages]
     if data.method == "decompose":
         found |= {f"data.decompose.{key}": value for key, value in data.decompose.model_dump().items()}
