@@ -100,7 +100,7 @@ def prepare_text(config: RunConfig) -> None:
     """The configuration's sources, and those of PyTorch: tens of megabytes of documents of all lengths."""
     data = config.data
     prepare(
-        [*data.sources, str(Path(torch.__file__).parent)],
+        [*(source.listed() for source in data.sources), str(Path(torch.__file__).parent)],
         data.directory,
         tokenizer=data.tokenizer,
         vocabulary_size=data.vocabulary_size,
