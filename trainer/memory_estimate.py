@@ -186,5 +186,6 @@ def remedies(config: RunConfig, degrees: Degrees, plan_bytes: int, available: in
         more = Degrees(data, context, degrees.tensor)
         if fits("parallel", more, 1 / times, context=context):
             processes = f" with launch.processes: {more.world}" if more.world != degrees.world else ""
-            yield f"parallel.context: {context}{processes}"
+            held = f" with parallel.tokens_per_rank: {-(-train.sequence_length // context)}"
+            yield f"parallel.context: {context}{held if parallel.tokens_per_rank else ''}{processes}"
             break
