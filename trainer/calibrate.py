@@ -27,7 +27,7 @@ from farspan.trainer.config import ConfigError, RunConfig, load_run_config
 from farspan.trainer.feed import Feed
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
-from farspan.trainer.row_length import narrower_contexts
+from farspan.trainer.row_length import for_rows, narrower_contexts
 from farspan.trainer.sparse import of_all_heads
 
 
@@ -58,6 +58,8 @@ def check(request: Request) -> tuple[RunConfig, Degrees]:
         raise ConfigError("attention.sparse.budgets are what calibrate finds; set it to null")
     if not request.output.parent.is_dir():
         raise ConfigError(f"--output {request.output}: there is no folder {request.output.parent}")
+    # More ranks than share a row would each read some of the rows alone.
+    config = for_rows(config, config.train.sequence_length)
     degrees = Degrees(1, config.parallel.context, config.parallel.tensor)
     check_tiles(config, Arrangement(config, degrees.context).order())
     check_devices(degrees.world, "parallel.context")
