@@ -70,13 +70,13 @@ def train_on(
     store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
     state = RunState(store, config, preflight.model, str(mesh.degrees), preflight.prepared)
     found = _find_checkpoint(store, state, mesh, resume)
-    if leads:
-        describe_changes(directory / "config.yaml", config, report)
-        (directory / "config.yaml").write_text(dump_config(config))
     _seed(config.run.seed)
     model = build_model(config, preflight.model, mesh)
     if config.run.weights_from is not None and found is None:
-        begin_with(config.run.weights_from, model.to(mesh.device), mesh, report)
+        begin_with(config.run.weights_from, model.to(mesh.device), mesh, preflight.prepared.tokenizer_digest, report)
+    if leads:
+        describe_changes(directory / "config.yaml", config, report)
+        (directory / "config.yaml").write_text(dump_config(config))
     feed = Feed(config, preflight.model, preflight.prepared, mesh)
     engine = Engine(config, mesh, model)
     callbacks: list[Callback] = []
@@ -97,8 +97,9 @@ def train_on(
         report(f"resumed from {found.path} at step {found.step}")
     if not trainer.last_step:
         feed.look_ahead(trainer.step)
-    describe_start(config, preflight, feed, trainer.step, report)
-    report(f"plan of the first batch verified: digest {feed.verify_plans(trainer.step)}")
+    first = min(trainer.step, config.train.steps - 1)  # of a run that is complete there is no next step
+    describe_start(config, preflight, feed, first, report)
+    report(f"plan of the first batch verified: digest {feed.verify_plans(first)}")
     trainer.train(stop)
     if recording is not None:
         recording.close()

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from support.corpus import prepare_small
 
+from farspan.data.prepare import prepare
+
 pytestmark = pytest.mark.distributed
 
 
@@ -71,7 +73,7 @@ def test_sparse_attention_extends_a_context_as_dense_attention_does(tmp_path: Pa
     assert 0 < sparse["sparse_density"] < 1
 
 
-def test_weights_of_no_run_or_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_weights_of_no_run_or_of_another_model_or_tokenizer_are_refused(tmp_path: Path) -> None:
     prepare_small(tmp_path).rename(tmp_path / "prepared")
     farspan("train", config(tmp_path, "short", 256, 1))
     path = config(tmp_path, "long", 512, 1, run={"dir": str(tmp_path / "long"), "weights_from": str(tmp_path)})
@@ -87,3 +89,21 @@ def test_weights_of_no_run_or_of_another_model_are_refused(tmp_path: Path) -> No
     said = farspan("train", path, code=2)
     assert "model.feed_forward_size was 128 and is 256" in said
     assert "rotary_theta" not in said
+    prepare(
+        [str(Path(json.__file__).parent)],
+        tmp_path / "other",
+        tokenizer=None,
+        vocabulary_size=384,
+        heldout_fraction=0.2,
+        seed=0,
+        report=lambda line: None,
+    )
+    path = config(
+        tmp_path,
+        "long",
+        512,
+        1,
+        run={"dir": str(tmp_path / "long"), "weights_from": str(tmp_path / "short")},
+        data={"directory": str(tmp_path / "other")},
+    )
+    assert "was trained with another tokenizer than that of data.directory" in farspan("train", path, code=2)

@@ -16,6 +16,9 @@ import pytest
 import yaml
 from support.corpus import prepare_small
 
+from farspan.data.corpus import Corpus
+from farspan.data.prepared import load_prepared
+
 pytestmark = pytest.mark.distributed
 
 STEPS, EVERY = 10, 5
@@ -131,6 +134,17 @@ def test_a_run_leaves_what_a_user_looks_for(straight: Run) -> None:
     out, _ = straight.train()  # again: nothing to do, and nothing breaks
     assert "the run is complete: 10 of 10 steps" in out
     assert straight.rows() == rows
+
+
+@pytest.mark.full
+def test_a_complete_run_starts_again_where_its_blend_has_no_more_rows(tmp_path: Path, prepared: Path) -> None:
+    documents = load_prepared(prepared).sources["text"]["train"]
+    rows = int(Corpus(load_prepared(prepared), "train").lengths[documents.start : documents.stop].sum()) // 255
+    run = Run(tmp_path / "run", prepared)
+    step = ("train.steps=1", f"data.blend.parts={{text: {{epochs: {2.5 / rows}}}}}", "launch.processes=1")
+    for _ in range(2):
+        out, _ = run.train(*step, "parallel.context=1")
+        assert "the run is complete: 1 of 1 steps" in out
 
 
 def _killed_run_goes_on(run: Run) -> None:

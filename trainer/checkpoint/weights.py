@@ -27,11 +27,13 @@ _TENSOR_RANK = re.compile(r"engine/.*mp_rank_(\d+)_model_states\.pt")
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a checkpoint's weights are; the files were hashed. `zero_stage` is the one that it was saved at."""
+    """Where a checkpoint's weights are; the files were hashed. `zero_stage` is the one that it was saved at, and
+    `tokenizer` the sha256 of the one that its text was encoded with."""
 
     step: int
     path: Path
     zero_stage: int
+    tokenizer: str
 
 
 def newest_weights(
@@ -50,7 +52,8 @@ def newest_weights(
         except CheckpointError as error:
             problems = [str(error)]
         if not problems:
-            return Weights(manifest.step, listed.path, _zero_stage(manifest))
+            identity = manifest.state["identity"]
+            return Weights(manifest.step, listed.path, _zero_stage(manifest), identity["data.tokenizer (sha256)"])
         report(f"DAMAGED CHECKPOINT {listed.path}: {'; '.join(problems)}. The one before it is tried.")
     raise ConfigError(f"there is no checkpoint to take weights from in {directory}")
 
@@ -75,12 +78,18 @@ def newest_decoder(
     return decoder
 
 
-def begin_with(run: Path, decoder: Decoder, mesh: Mesh, report: Callable[[str], None]) -> None:
+def begin_with(run: Path, decoder: Decoder, mesh: Mesh, tokenizer: str, report: Callable[[str], None]) -> None:
     """Collective: a decoder, on its device, takes the newest weights of a run; rotary_theta may be another.
 
-    ConfigError on all ranks when there are none.
+    ConfigError on all ranks when there are none, or when they are of text in the tokens of another tokenizer than this
+    one (sha256).
     """
     weights = _agree(run, decoder.config, mesh, report, free=("rotary_theta",))
+    if weights.tokenizer != tokenizer:
+        raise ConfigError(
+            f"run.weights_from {run} was trained with another tokenizer than that of data.directory (sha256 "
+            f"{weights.tokenizer[:12]} and {tokenizer[:12]}); set data.tokenizer to its one, and prepare the text again"
+        )
     load_weights(weights, decoder, mesh)
     report(f"training begins with the weights of {weights.path}")
 
