@@ -26,7 +26,7 @@ from farspan.parallel.recall import Recall
 from farspan.parallel.sieve import Sieve
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.config import KEYS_TRAVEL, RunConfig
-from farspan.trainer.first_rows import training_steps
+from farspan.trainer.first_rows import training_steps, whole_rows
 from farspan.trainer.packing import heldout_rows
 from farspan.trainer.plan_choice import build_plan
 from farspan.trainer.row_length import for_rows
@@ -161,8 +161,7 @@ class Feed:
         """On all ranks judged by the first rows of data rank 0, so that all choose the same plan."""
         rows: list[Row] = []
         if length == self.steps.length(0):
-            first = self.steps.samples(0)[: for_rows(self.config, length).train.micro_batch_rows]
-            rows = [self.steps.row(sample) for sample in first]
+            rows = whole_rows(self.steps, for_rows(self.config, length).train.micro_batch_rows)
         return Sharing.of(self.config, self.mesh, length, rows)
 
     def _dealt(self, step: int) -> list[Sequence[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
+from farspan.data.growing_window import GrowingSteps
 from farspan.data.prepared import Prepared, load_prepared
 from farspan.data.rows import Row
 from farspan.data.steps import Steps
@@ -21,6 +22,12 @@ def training_steps(config: RunConfig, prepared: Prepared) -> Steps:
     return packed_steps(config, prepared)
 
 
+def whole_rows(steps: Steps, count: int) -> list[Row]:
+    """The first of training, by which a plan for a whole run is chosen: as they are when a growing window has grown."""
+    grown = steps.steps if isinstance(steps, GrowingSteps) else steps
+    return [grown.row(sample) for sample in grown.samples(0)[:count]]
+
+
 def first_rows(config: RunConfig) -> tuple[list[Row], str]:
     """Those of the first micro-batch, and what they are; rows with one document each where there is no text yet."""
     length, across = config.train.sequence_length, config.attention.across_documents
@@ -30,7 +37,7 @@ def first_rows(config: RunConfig) -> tuple[list[Row], str]:
         steps = training_steps(config, load_prepared(config.data.directory))
     except DataError as error:
         return [row_without_text(config)], f"rows of one document, {length:,} tokens, since there is no text. {error}"
-    taken = [steps.row(sample) for sample in steps.samples(0)[: config.train.micro_batch_rows]]
+    taken = whole_rows(steps, config.train.micro_batch_rows)
     documents = sum(len(row.cu_seqlens) - 1 for row in taken)
     seen = "seen across documents" if across else "each seen by itself"
     plural = "" if documents == 1 else "s"

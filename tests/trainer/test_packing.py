@@ -22,6 +22,7 @@ from farspan.trainer.checkpoint.store import CheckpointStore
 from farspan.trainer.compare import compare
 from farspan.trainer.config import RunConfig
 from farspan.trainer.documents import training_documents
+from farspan.trainer.first_rows import whole_rows
 from farspan.trainer.packing import blend_of, describe_rows, heldout_rows, packed_steps
 from farspan.trainer.trainer import StepRecord
 
@@ -215,6 +216,7 @@ def test_a_run_is_resumed_with_the_same_rows_only(prepared: Prepared, tmp_path: 
         identity(method="padded", blend={"parts": parts}),
         identity(method="best_fit", overlong="drop", blend={"parts": parts}),
         identity(method="best_fit", blend={"parts": parts | {"code": {"weight": 3}}}),
+        identity(method="best_fit", blend={"parts": {"code": {"weight": 2}, "notes": {"weight": 1}}}),
         identity(method="best_fit"),
     ]
     changed = [{key for key in {**found, **other} if found.get(key) != other.get(key)} for other in others]
@@ -222,10 +224,19 @@ def test_a_run_is_resumed_with_the_same_rows_only(prepared: Prepared, tmp_path: 
         {"data.method"},
         {"data.overlong"},
         {"data.blend.parts.code"},
-        {"data.blend.parts.notes", "data.blend.parts.code", "data.blend.stages"},
+        {"data.blend.parts (in order)"},
+        {"data.blend.parts (in order)", "data.blend.parts.notes", "data.blend.parts.code", "data.blend.stages"},
     ]
     # What tokens see may change, and so may how long a run is.
     assert identity(growing_window={"steps": 5}) == identity()
+
+
+def test_plans_are_judged_by_rows_that_a_window_does_not_cut(prepared: Prepared) -> None:
+    growing = config_of(prepared, data={"growing_window": {"start": 32, "steps": 5}})
+    narrow, whole = packed_steps(growing, prepared), packed_steps(config_of(prepared), prepared)
+    for seen, row in zip(whole_rows(narrow, 2), (whole.row(0), whole.row(1)), strict=True):
+        assert np.array_equal(seen.cu_seqlens, row.cu_seqlens)
+    assert len(narrow.row(0).cu_seqlens) > LENGTH // 32
 
 
 def test_methods_are_compared_in_a_table(prepared: Prepared) -> None:
