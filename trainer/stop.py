@@ -19,8 +19,8 @@ class StopRequest:
                     save(step)
                     break
 
-    Further signals change nothing. The handlers that were there before return at exit. Processes forked meanwhile (data
-    workers) are not asked to stop: there, SIGTERM does what it did before, so that `Process.terminate()` works, and
+    Further signals change nothing. The handlers that were there before return at exit. Processes forked meanwhile
+    are not asked to stop: there, SIGTERM does what it did before, so that `Process.terminate()` works, and
     SIGINT, which a terminal sends to everyone, is ignored: their parent still needs them to finish its step.
 
     Enter it in the main thread (Python runs signal handlers nowhere else; ValueError).
