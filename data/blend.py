@@ -54,7 +54,7 @@ class Blend:
 
     At every sample each part has had its share so far, but for a few rows. A part takes its rows in an order of the
     seed, each once an epoch, and goes on where it was when it comes back in a later stage. One that has had all its
-    epochs leaves its share to the others, in proportion.
+    epochs leaves its share to the others, in proportion; where none is left in a stage, the blend ends.
 
     Raises DataError when a weight is of no part, or a stage has none.
     """
@@ -70,7 +70,10 @@ class Blend:
         self.samples = 0  # how many there are in all
         before = (0,) * len(parts)
         for stage in stages:
-            before = self._add(stage, before)
+            end = _FOREVER if stage.samples is None else self.samples + stage.samples
+            before = self._add(stage.weights, end, before)
+            if self.samples < end:
+                break  # nothing is left for this stage, and the next one does not come early
 
     def source(self, sample: int) -> tuple[str, int]:
         """The part that a sample comes from, and how many rows that has given before."""
@@ -102,7 +105,8 @@ class Blend:
         if samples > self.samples:
             raise DataError(
                 f"data.blend has {self.samples:,} rows, and train.steps take {samples:,}: raise epochs in "
-                "data.blend.parts, leave the last stage's steps out, or lower train.steps."
+                "data.blend.parts, let more parts take part in the stage that ends there, leave the last stage's steps "
+                "out, or lower train.steps."
             )
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -115,20 +119,17 @@ class Blend:
     def _segment(self, sample: int) -> _Segment:
         return self._segments[bisect_right(self._segments, sample, key=lambda segment: segment.first) - 1]
 
-    def _add(self, stage: Stage, before: tuple[int, ...]) -> tuple[int, ...]:
+    def _add(self, weights: Mapping[str, float], end: int, before: tuple[int, ...]) -> tuple[int, ...]:
         """Adds a stage as segments, which end where a part has had all its epochs; returns the counts at its end."""
-        unknown = [name for name in stage.weights if name not in self.names]
-        if unknown or sum(stage.weights.values()) <= 0:
+        if any(name not in self.names for name in weights) or sum(weights.values()) <= 0:
             raise DataError(
-                f"data.blend.stages have weights {dict(stage.weights)}: give some of {', '.join(self.names)} a weight "
-                "above 0."
+                f"data.blend has weights {dict(weights)}: give some of {', '.join(self.names)} a weight above 0."
             )
-        end = _FOREVER if stage.samples is None else self.samples + stage.samples
         while self.samples < end:
             room = [part.most_rows - count for part, count in zip(self._parts, before, strict=True)]
             # By rows: a row with much padding has few tokens.
             rates = [
-                stage.weights.get(name, 0) * len(part.rows) / part.tokens if left else 0.0
+                weights.get(name, 0) * len(part.rows) / part.tokens if left else 0.0
                 for name, part, left in zip(self.names, self._parts, room, strict=True)
             ]
             if not sum(rates):

@@ -62,7 +62,8 @@ class ChatTemplate:
     def _outline(self, roles: tuple[str, ...]) -> Outline:
         """Of a conversation with these roles; its last answer is its end. DataError where the template refuses them."""
         parts: list[Part] = []
-        context, done = 0, ""
+        context: int | None = None
+        done = ""
         for number, role in enumerate(roles):
             if role != ANSWERING:
                 continue
@@ -73,13 +74,14 @@ class ChatTemplate:
                     f"chat_template {self.name} of data.sources changes earlier text when a message follows, so that "
                     "it is not clear where answers begin: set it to chatml, or to a template that only goes on."
                 )
-            if not done and opened.startswith(before):
+            if context is None and opened.startswith(before):
                 parts += _parts(before, False)
                 context, done = len(parts), before
             parts += _parts(opened[len(done) :], False)
-            context = context or len(parts)
+            context = len(parts) if context is None else context
             parts += _parts(closed[len(opened) :], True)
             done = closed
+        assert context is not None  # a conversation has an answer
         return Outline(tuple(parts), context)
 
     def _render(self, roles: Sequence[str], opening: bool) -> str:

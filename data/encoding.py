@@ -101,7 +101,10 @@ class Encoder:
                 tokens, ended = tokenizer.encode(content), False
             elif isinstance(content, Conversation):
                 assert source.chat_template is not None
-                tokens, answers = encode_conversation(content, _open_template(source.chat_template), tokenizer)
+                try:
+                    tokens, answers = encode_conversation(content, _open_template(source.chat_template), tokenizer)
+                except DataError as error:
+                    raise DataError(f"{piece.name} of {source.label}: {error}") from error
                 note, ended = answers.notes(), True
             else:
                 _check_range(content, tokenizer, source, piece.name)

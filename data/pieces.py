@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
     kind: of its file.
     name: the document's, within its source; a record has its number behind a colon, lines from 1 and rows from 0.
-    content: UTF-8 text, a line of JSON, a row's text (None where it is null), or tokens, as the file has it.
+    content: UTF-8 text (None for a row that is null), a line of JSON, or tokens, as the file has it.
     first, last: whether the document begins and ends here.
     after: where reading goes on after this piece, if it is the last one of its document.
     read: bytes of the source's files that are done with, about.
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
     kind: Kind
     name: str
-    content: bytes | str | NDArray[np.integer] | TooLong | None
+    content: bytes | NDArray[np.integer] | TooLong | None
     first: bool
     last: bool
     after: Position
@@ -116,9 +116,9 @@ def _text(file: InputFile, start: Position, longest: int) -> Iterator[Piece]:
         rest, first, last = b"", True, False
         while not last:
             block = content.read(_PIECE)
-            rest += block
+            searched, rest = len(rest), rest + block
             last = not block or content.tell() >= file.size
-            cut = len(rest) if last else last_cut(rest)
+            cut = len(rest) if last else last_cut(rest, searched)
             if cut == 0 and len(rest) > longest:
                 yield Piece(file.kind, file.name, TooLong(longest), first, True, after, file.size)
                 return
@@ -182,9 +182,10 @@ def _open_unchanged(file: InputFile) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _decompressed(raw: BinaryIO, path: Path) -> Iterator[io.BufferedIOBase]:
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         yield gzip.GzipFile(fileobj=raw)
-    elif path.suffix == ".zst":
+    elif suffix == ".zst":
         need_pyarrow(path)
         import pyarrow
 

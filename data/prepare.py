@@ -56,9 +56,9 @@ def prepare(
     and stretches of text without a space that have more than `max_record_bytes`. `processes` encode; `report` gets
     lines for the user, and `terminal` a progress bar, where there is one.
 
-    Memory does not grow with the text. Everything is written into `directory`.partial and renamed when it is complete,
-    so that `directory` is whole or absent, whoever is interrupted; the next one goes on from there, to the same files.
-    A directory that holds the same preparation already is checked and returned.
+    Memory grows by some bytes a document, and not with the text. Everything is written into `directory`.partial and
+    renamed when it is complete, so that `directory` is whole or absent, whoever is interrupted; the next one goes on
+    from there, to the same files. A directory that holds the same preparation already is checked and returned.
 
     Raises DataError when there is no text, or one document alone, all are held out, a file changes meanwhile or is
     damaged, the tokenizer does not do, the disk is full, another process prepares the directory, or it holds

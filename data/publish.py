@@ -60,10 +60,11 @@ def begin(partial: Path, inputs: Inputs, report: Callable[[str], None]) -> None:
     """
     if not partial.exists():
         return
-    journal = _description(partial) or read_journal(partial)
+    complete = _description(partial)
+    journal = complete or read_journal(partial)
     if journal is None and any(partial.iterdir()) and not is_work(partial):
         raise DataError(f"{partial} is in the way of what `farspan prepare` writes: remove it, or set data.directory.")
-    if journal is not None and _goes_on(journal["inputs"], inputs):
+    if journal is not None and _goes_on(journal["inputs"], inputs, complete is not None):
         report(f"going on with {partial}")
         return
     if journal is not None:
@@ -83,9 +84,10 @@ def _description(partial: Path) -> dict[str, Any] | None:
     return read_description(partial) if (partial / DESCRIPTION).is_file() else None
 
 
-def _goes_on(before: Inputs, inputs: Inputs) -> bool:
-    """As long as nothing that cannot be read was met, it does not matter that it would have been refused."""
-    return before == inputs or before == {**inputs, "longest_record": None}
+def _goes_on(before: Inputs, inputs: Inputs, complete: bool) -> bool:
+    """As long as nothing that cannot be read was met, it does not matter that it would have been refused; but what is
+    complete says from which inputs."""
+    return before == inputs or (not complete and before == {**inputs, "longest_record": None})
 
 
 def _others(inputs: Inputs, before: Inputs) -> str:

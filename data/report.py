@@ -27,27 +27,29 @@ def describe(
 
     documents: by split, tokens, bytes of text and notes of each document, int64 [documents, 3].
     """
-    parts = {
-        name: np.concatenate([documents[split][slice(here.start, here.stop)] for split, here in ranges.items()])
-        for name, ranges in sources.items()
-    }
-    by_source = {name: _counts(parts[name], counts) for name, counts in zip(sources, dropped, strict=True)}
-    everything = np.concatenate(list(parts.values()))
+    parts = [
+        [documents[split][here.start : here.stop] for split, here in ranges.items()] for ranges in sources.values()
+    ]
     return {
-        "all": _counts(everything, sum(dropped, Counter())),
-        "sources": by_source,
-        "lengths": Histogram.of(everything[:, 0]).as_json(),
+        "all": _counts(list(documents.values()), sum(dropped, Counter())),
+        "sources": {name: _counts(part, counts) for name, part, counts in zip(sources, parts, dropped, strict=True)},
+        "lengths": Histogram.of(_lengths(documents)).as_json(),
     }
 
 
-def _counts(documents: NDArray[np.int64], dropped: Counter[str]) -> dict[str, Any]:
-    from_text = documents[documents[:, 1] > 0]
-    tokens = int(from_text[:, 0].sum())
+def _lengths(documents: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([records[:, 0] for records in documents.values()])
+
+
+def _counts(parts: Sequence[NDArray[np.int64]], dropped: Counter[str]) -> dict[str, Any]:
+    """Of documents in several parts, which are not copied: there may be very many."""
+    size = sum(int(part[:, 1].sum()) for part in parts)
+    tokens = sum(int(part[:, 0].sum(where=part[:, 1] > 0)) for part in parts)  # those that came from text
     return {
-        "documents": len(documents),
-        "tokens": int(documents[:, 0].sum()),
-        "text_bytes": int(documents[:, 1].sum()),
-        "bytes_per_token": round(int(from_text[:, 1].sum()) / tokens, 4) if tokens else None,
+        "documents": sum(map(len, parts)),
+        "tokens": sum(int(part[:, 0].sum()) for part in parts),
+        "text_bytes": size,
+        "bytes_per_token": round(size / tokens, 4) if tokens else None,
         "dropped": dict(sorted(dropped.items())),
     }
 
@@ -69,7 +71,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
 
 def write_report(report: Mapping[str, Any], documents: Mapping[str, NDArray[np.int64]], folder: Path) -> list[str]:
     """Writes `report.json`, `report.txt` and, where matplotlib is installed, `lengths.png`. Returns the text."""
-    lengths = np.concatenate([tokens_and_bytes[:, 0] for tokens_and_bytes in documents.values()])
+    lengths = _lengths(documents)
     text = [*lines(report), "", *Histogram.of(lengths).lines()]
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / _TEXT).write_text("\n".join(text) + "\n", encoding="utf-8")

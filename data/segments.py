@@ -19,10 +19,12 @@ def segments(text: str) -> Iterator[str]:
         start = stop
 
 
-def last_cut(content: bytes) -> int:
-    """The last place of UTF-8 text that can be cut, in bytes; 0 where there is none. Only its end is looked at."""
+def last_cut(content: bytes, searched: int = 0) -> int:
+    """The last place of UTF-8 text that can be cut, in bytes; 0 where there is none. Only its end is looked at, and
+    nothing of its first `searched` bytes, in which there is none."""
     for window in (1 << 10, 1 << 16, len(content)):
-        places = [found.start() for found in _CUT_BYTES.finditer(content, max(0, len(content) - window))]
+        first = max(searched - 1, len(content) - window, 0)  # a space that ended what was searched may be one now
+        places = [found.start() for found in _CUT_BYTES.finditer(content, first)]
         if places:
             return places[-1]
     return 0

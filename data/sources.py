@@ -42,6 +42,11 @@ class Source:
     def label(self) -> str:
         return self.name if self.name is not None else self.path
 
+    @property
+    def reading(self) -> tuple[str, bool, str | None]:
+        """How its files become documents."""
+        return self.text_key, self.as_one_document, self.chat_template
+
 
 @dataclass(frozen=True)
 class InputFile:
@@ -78,15 +83,22 @@ class Listing:
 def list_sources(sources: Sequence[str | Source]) -> list[Listing]:
     """The files of each source, no file twice; nothing is read yet.
 
-    Raises DataError when a source does not exist, holds nothing that can be read, or two have the same name.
+    Raises DataError when a source does not exist or holds nothing that can be read, and when two have the same name, or
+    would read the same files in two ways.
     """
     if not sources:
         raise DataError(f"data.sources is empty: give files, folders or the word {PYTHON_STDLIB}.")
-    seen: set[Path] = set()
+    seen: dict[Path, Source] = {}
     listings = []
     for name, source in _named(sources):
-        files = []
+        files: list[InputFile] = []
+        other: Source | None = None  # has read files of this one in another way
         for file in _files_of(source):
+            if source.as_one_document and file.kind != "text":
+                raise DataError(
+                    f"data.sources: {file.name} of {source.label} is no text file, and only these go with "
+                    "as_one_document: leave it out of the source, or leave out as_one_document."
+                )
             if source.chat_template is not None and file.kind != "lines":
                 raise DataError(
                     f"data.sources: {source.label} has a chat_template, but {file.name} is no .jsonl file of "
@@ -94,8 +106,16 @@ def list_sources(sources: Sequence[str | Source]) -> list[Listing]:
                 )
             real = file.path.resolve()
             if real not in seen:
+                seen[real] = source
                 files.append(file)
-            seen.add(real)
+            elif seen[real].reading != source.reading:
+                other = seen[real]
+        if other is not None and not files:
+            raise DataError(
+                f"data.sources: all of {source.label} is in {other.label} as well, which reads it with another "
+                "text_key, as_one_document or chat_template, and no file is read twice: leave one out, or put this "
+                "one first."
+            )
         listings.append(Listing(name, source, tuple(files)))
     return listings
 
@@ -133,12 +153,7 @@ def _files_of(source: Source) -> Iterator[InputFile]:
     if source.path == PYTHON_STDLIB:
         yield from _text(standard_library(), source)
     elif path.is_file() and path.suffix not in (".bin", ".idx"):
-        kind = _kind(path.name)
-        if source.as_one_document and kind != "text":
-            raise DataError(
-                f"data.sources: {source.label} is no folder of text files, and only these go with as_one_document."
-            )
-        yield _input(path, path.name, kind)
+        yield _input(path, path.name, _kind(path.name))
     elif path.is_dir() and _prefix(path) is not None:
         raise DataError(
             f"data.sources names {source.path!r}, which is a folder, and tokens are in {path.name}.bin beside it: "

@@ -18,7 +18,8 @@ _BUFFER = 1 << 19  # bytes of a column that are read at once
 
 
 def columns(file: InputFile, skip: int, text_key: str) -> Iterator[tuple[pyarrow.Array, int]]:
-    """A table's texts, some rows at a time, and the number of all its rows; the first `skip` rows are left out."""
+    """A table's texts as bytes, which need be no UTF-8, some rows at a time, and the number of all its rows; the first
+    `skip` rows are left out."""
     need_pyarrow(file.path)
     import pyarrow
     import pyarrow.parquet
@@ -45,7 +46,7 @@ def columns(file: InputFile, skip: int, text_key: str) -> Iterator[tuple[pyarrow
         column = batch.column(text_key)
         left, skip = column.slice(min(skip, len(column))), max(0, skip - len(column))
         if len(left):
-            yield left, rows
+            yield left.cast(pyarrow.large_binary()), rows
 
 
 def _check_column(file: InputFile, schema: pyarrow.Schema, text_key: str) -> None:

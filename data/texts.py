@@ -63,24 +63,29 @@ def content_of(piece: Piece, source: Source) -> tuple[Content, int]:
     content = piece.content
     if isinstance(content, TooLong):
         raise UnusableError(f"longer than {content.limit:,} bytes (data.max_record_bytes)")
-    if isinstance(content, bytes):
-        size = len(content)
-        try:
-            content = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UnusableError("not UTF-8 text") from error
-        if piece.kind == "lines" and source.chat_template is not None:
-            return _conversation(content), size
-        content = _field(content, source.text_key) if piece.kind == "lines" else content
-    if content is None:
-        raise UnusableError(f"without text under {source.text_key!r} (text_key)")
-    if len(content) == 0 and piece.first and piece.last:
-        raise UnusableError(EMPTY)
     if isinstance(content, np.ndarray):
+        if not len(content):
+            raise UnusableError(EMPTY)
         return content, content.nbytes
+    text = None if content is None else _decoded(content)
+    if text is not None and piece.kind == "lines":
+        if source.chat_template is not None:
+            return _conversation(text), len(text.encode())
+        text = _field(text, source.text_key)
+    if text is None:
+        raise UnusableError(f"without text under {source.text_key!r} (text_key)")
+    if not text and piece.first and piece.last:
+        raise UnusableError(EMPTY)
     try:
-        return content, len(content.encode())
+        return text, len(text.encode())
     except UnicodeEncodeError as error:  # half a character, which JSON writes as "\ud800"
+        raise UnusableError("not UTF-8 text") from error
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise UnusableError("not UTF-8 text") from error
 
 

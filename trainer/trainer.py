@@ -143,5 +143,8 @@ class Trainer:
     def _law(self, batches: Sequence[Batch]) -> LossLaw:
         law = LossLaw.of_step(sum(batch.valid for batch in batches), self.mesh.loss, self.mesh.device)
         if law.valid_tokens == 0:
-            raise NonFiniteError(f"no token after step {self.step} has a label, so that there is no loss")
+            raise NonFiniteError(
+                f"no token after step {self.step} has a label, so that there is no loss: of conversations, "
+                "data.overlong truncate may have cut the answers off; set it to drop"
+            )
         return law

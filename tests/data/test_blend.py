@@ -118,11 +118,13 @@ def test_a_blend_ends_where_all_have_had_their_epochs() -> None:
         blend.row(25)
     staged = Blend({"a": part(10), "b": part(5)}, [Stage(6, {"a": 1}), Stage(4, {"b": 1})], 0)
     assert staged.samples == 10
+    short = Blend({"a": part(10, 1), "b": part(5)}, [Stage(20, {"a": 1}), Stage(None, {"b": 1})], 0)
+    assert short.samples == 10  # the second stage does not come early
 
 
 @pytest.mark.parametrize("weights", [{"a": 0.0}, {"c": 1.0}])
 def test_a_stage_needs_a_part_with_a_weight(weights: dict[str, float]) -> None:
-    with pytest.raises(DataError, match=r"data.blend.stages have weights .*: give some of a, b a weight above 0"):
+    with pytest.raises(DataError, match=r"data.blend has weights .*: give some of a, b a weight above 0"):
         Blend({"a": part(1), "b": part(1)}, [Stage(None, weights)], 0)
 
 

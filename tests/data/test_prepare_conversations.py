@@ -97,6 +97,18 @@ def test_a_preparation_that_stopped_goes_on_to_the_same_notes(
     assert sum(stopped.documents.values()) == COUNT + 1
 
 
+def test_a_conversation_that_the_template_refuses_is_named(questions: Path, tmp_path: Path) -> None:
+    template = tmp_path / "strict.jinja"
+    template.write_text("{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}")
+    turns = [{"role": role, "content": "x"} for role in ("tool", "assistant")]
+    with questions.open("a") as file:
+        file.write(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(
+        DataError, match=r"^questions\.jsonl:51 of questions: .* refuses a conversation of tool: no tools"
+    ):
+        prepare_them(tmp_path / "prepared", Source(str(questions), "questions", chat_template=str(template)))
+
+
 def test_another_template_is_another_preparation(questions: Path, tmp_path: Path) -> None:
     prepare_them(tmp_path / "prepared", Source(str(questions), "questions", chat_template="plain"))
     with pytest.raises(DataError, match=r"\(other documents in data.sources\)"):

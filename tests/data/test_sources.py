@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,8 +14,10 @@ import pytest
 from farspan.data import pieces, tables
 from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
+from farspan.data.indexed import write_index
 from farspan.data.pieces import Position, read_source
 from farspan.data.prepare import Prepared, prepare
+from farspan.data.segments import last_cut
 from farspan.data.sources import Source, list_sources
 from farspan.data.texts import read_texts
 
@@ -208,9 +211,44 @@ def test_what_needs_pyarrow_says_how_to_install_it(tmp_path: Path, kind: str, mo
 
 
 def test_only_folders_of_text_are_one_document(tmp_path: Path) -> None:
-    path = _store("lines.jsonl", tmp_path, TEXTS)
-    with pytest.raises(DataError, match="as_one_document"):
-        list_sources([Source(str(path), as_one_document=True)])
+    write_index(tmp_path / "tokens.idx", np.array([2]), np.dtype("<u2"))
+    (tmp_path / "tokens.bin").write_bytes(b"A\0B\0")
+    for path in (*(_store(kind, tmp_path, TEXTS) for kind in ("lines.jsonl", "dataset")), tmp_path / "tokens"):
+        with pytest.raises(DataError, match=r"is no text file, .* as_one_document"):
+            list_sources([Source(str(path), as_one_document=True)])
+
+
+def test_a_file_is_not_read_in_two_ways(tmp_path: Path) -> None:
+    answers = Source(str(_store("lines.jsonl", tmp_path, TEXTS)), name="answers", text_key="n")
+    _store("table.parquet", tmp_path, TEXTS)
+    assert [len(listing.files) for listing in list_sources([answers, str(tmp_path)])] == [1, 1]
+    with pytest.raises(DataError, match=r"all of answers is in .* as well, which reads it with another text_key"):
+        list_sources([str(tmp_path), answers])
+
+
+@pytest.mark.parametrize("whole", [b"ab c", b"ab  c d", b"abc d ", b"abc  ", b"abcdef", b" a", b"a b", b"\n a\n b"])
+def test_a_cut_is_found_wherever_reading_paused(whole: bytes) -> None:
+    for paused in range(len(whole)):
+        if last_cut(whole[:paused]) == 0:
+            assert last_cut(whole, paused) == last_cut(whole)
+
+
+def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:
+    for kind in KINDS[:4]:
+        _store(kind, tmp_path, TEXTS[:3]).rename(tmp_path / kind.upper())
+    assert _read(str(tmp_path)) == TEXTS[:3] * 4
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+def test_rows_that_are_no_utf_8_are_refused_or_dropped(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    binary = pyarrow.large_binary() if pyarrow.types.is_large_string(kind) else pyarrow.binary()
+    column = pyarrow.array([b"good", b"\xff bad", None, "\u00e9".encode()], binary).view(kind)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(DataError, match=r"a\.parquet:1 of .* is not UTF-8 text"):
+        _read(str(path))
+    assert [text.content for text in read_texts(list_sources([str(path)]), 1 << 20, True)] == ["good", "\u00e9"]
+    assert [text.content for text in read_texts(list_sources([str(path)]), 1, True)] == []  # two bytes
 
 
 def test_tokens_ask_for_their_tokenizer(tmp_path: Path, prepared: Prepared) -> None:
