@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="folder for a trace of each case and rank (chrome://tracing)")
     parser.add_argument("--output", type=Path, help="JSON lines are appended here")
     options = parser.parse_args()
+    if options.sparse_wire and options.density is None:
+        parser.error("--sparse-wire leaves out what an index does not select: give --density")
     heads = options.heads, options.kv_heads
     settings = Settings(
         options.length,

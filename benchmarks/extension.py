@@ -63,6 +63,8 @@ def main() -> None:
         ask(Path(options.ask[0]), Path(options.ask[1]))
         return
     if options.results:
+        if not options.plot:
+            parser.error("--results is drawn: give --plot")
         plot(json.loads(options.results.read_text()), options.plot)
         return
     folder: Path = options.folder

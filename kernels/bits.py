@@ -17,7 +17,10 @@ def packed(chosen: Tensor) -> Tensor:
 
 def members(words: Tensor, numbers: Tensor) -> Tensor:
     """Bool `[..., n]`: which of `numbers` int64 `[n]` are in the sets `[..., words]`."""
-    return (words[..., numbers // WORD] >> (numbers % WORD).int()) & 1 != 0
+    found = words[..., numbers // WORD]  # a copy, large where there are many sets
+    found >>= (numbers % WORD).int()
+    found &= 1
+    return found.bool()
 
 
 def union(words: Tensor) -> Tensor:

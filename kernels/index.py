@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -109,11 +110,9 @@ class Selection:
     @property
     def tiles(self) -> Tensor:
         """Bool `[B, H, row tiles, key tiles]`; large at half a million tokens."""
-        at = self.row_at[:, None] + self.key_at
-        inside = (at >= 0) & (at < self.table.shape[2])
-        return self.table[:, :, torch.where(inside, at, 0)] & inside
+        return self._tiles(slice(None), slice(None))
 
-    @property
+    @cached_property
     def slots(self) -> Tensor | None:
         """Slots of the columns that are here, int32 `[B, H, most]` ascending, then the number of keys."""
         if self.columns is None:
@@ -122,17 +121,25 @@ class Selection:
 
     def visible(self, rows: slice, keys: slice) -> Tensor:
         """Bool `[B, H, rows, keys]`: what is selected, by tile or by column."""
-        row = torch.arange(rows.start, rows.stop, device=self.table.device) // self.block
-        key = torch.arange(keys.start, keys.stop, device=self.table.device)
-        selected = self.tiles[:, :, row][:, :, :, key // self.block]
+        row_tiles, key_tiles = (slice(x.start // self.block, -(-x.stop // self.block)) for x in (rows, keys))
+        tiles, first_key = self._tiles(row_tiles, key_tiles), key_tiles.start * self.block
+        by_key = tiles[..., None].expand(*tiles.shape, self.block).flatten(3)
+        by_key = by_key[..., keys.start - first_key : keys.stop - first_key]
+        if self.slots is not None:
+            chosen = self.table.new_zeros(*self.slots.shape[:2], len(self.k_positions) + 1)
+            chosen.scatter_(2, self.slots.long(), True)
+            by_key = by_key | chosen[:, :, None, keys]
+        row = torch.arange(rows.start, rows.stop, device=self.table.device) // self.block - row_tiles.start
+        selected = by_key.index_select(2, row)
         if self.chunks is not None:
+            key = torch.arange(keys.start, keys.stop, device=self.table.device)
             selected &= members(self.chunks[..., rows].transpose(2, 3), self.key_at.long()[key // self.block])
-        slots = self.slots
-        if slots is None:
-            return selected
-        chosen = self.table.new_zeros(*slots.shape[:2], len(self.k_positions) + 1)
-        chosen.scatter_(2, slots.long(), True)
-        return selected | chosen[:, :, None, keys]
+        return selected
+
+    def _tiles(self, rows: slice, keys: slice) -> Tensor:
+        at = self.row_at[rows, None] + self.key_at[keys]
+        inside = (at >= 0) & (at < self.table.shape[2])
+        return self.table[:, :, torch.where(inside, at, 0)] & inside
 
 
 @dataclass(frozen=True, eq=False)

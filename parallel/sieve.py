@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -75,7 +76,7 @@ class Sieve:
         self.lots = {lot: number for number, lot in enumerate(sorted(mine | used))}
         cells = [self._cells(number, lot) for lot, number in self.lots.items()]
         last = np.cumsum([cell.shape[1] for cell in cells]) - 1
-        wanted = np.array([[who >> rank & 1 for _, who in self.lots] for rank in range(plan.world)], bool)
+        wanted = _bits((who for _, who in self.lots), plan.world).T.copy()
         self.cells = to_device(torch.from_numpy(np.concatenate(cells, 1)), device)
         self.wanted = to_device(torch.from_numpy(wanted), device)
         self.last = to_device(torch.from_numpy(last), device)  # cell of each lot
@@ -86,6 +87,18 @@ class Sieve:
         if index not in self._found:
             self._found[index] = Sifted(self, index)
         return self._found[index]
+
+    @cached_property
+    def carried(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Of each block of keys the lots that travel, of all ranks: who wants them, bool `[lots, world]`, and how many
+        tensors carry each, in their own dtype and in that of sums, int64 `[lots, 2]`.
+        """
+        found: dict[int, dict[int, list[int]]] = {}
+        for (direction, move), who in self.moves.items():
+            tensors = found.setdefault(move.block, {}).setdefault(who, [0, 0])
+            for part in parts(self.plan, move, direction == "backward"):
+                tensors[part.accumulated] += 1
+        return {block: (_bits(lots, self.plan.world), np.array([*lots.values()])) for block, lots in found.items()}
 
     def read(self, index: Index) -> Tensor:
         """Bool `[world, kv heads, blocks + 1]`: of which blocks of keys each rank reads something; none of the last."""
@@ -145,17 +158,19 @@ def bytes_sent(
 
     Waits for the device.
     """
-    read, plan = sieve.read(index).cpu().numpy(), sieve.plan
-    tiles: dict[Lot, int] = {}
+    read, blocks = sieve.read(index).cpu().numpy().astype(np.float32), sieve.plan.blocks
     sent = whole = 0
-    for (direction, move), who in sieve.moves.items():
-        lot = move.block, who
-        if lot not in tiles:
-            heads = slice(*plan.blocks[move.block].heads)
-            ranks = [rank for rank in range(plan.world) if who >> rank & 1]
-            tiles[lot] = int(read[ranks, heads][:, :, sieve.blocks[move.block]].any(0).sum())
-        for part in parts(plan, move, direction == "backward"):
-            element = batch * head_dim * (accumulation_itemsize if part.accumulated else itemsize)
-            sent += tiles[lot] * sieve.block * element
-            whole += part.rows * part.heads * element
-    return sent, whole
+    for block, (wanted, tensors) in sieve.carried.items():
+        of_block = read[:, slice(*blocks[block].heads)][:, :, sieve.blocks[block]].reshape(len(read), -1)
+        tiles = (wanted.astype(np.float32) @ of_block > 0).sum(1)
+        sizes = tensors @ np.array([itemsize, accumulation_itemsize])
+        sent += int(tiles @ sizes) * sieve.block
+        whole += int(sizes.sum()) * blocks[block].size
+    return sent * batch * head_dim, whole * batch * head_dim
+
+
+def _bits(sets: Iterable[int], world: int) -> np.ndarray:
+    """Bool `[sets, world]` of sets of ranks."""
+    packed = b"".join(who.to_bytes(-(-world // 8), "little") for who in sets)
+    rows = np.frombuffer(packed, np.uint8).reshape(-1, -(-world // 8))
+    return np.unpackbits(rows, axis=1, count=world, bitorder="little").astype(bool)

@@ -25,16 +25,25 @@ class ExpectedWork:
 
 
 def expected_work(config: RunConfig) -> ExpectedWork | None:
-    """By `expected_density`, else by fixed budgets, else by the caps; None where no layer selects in training.
+    """By `expected_density`, else by what the estimator allows at most; None where no layer selects in training.
 
-    Budgets and caps count what is nearest, the longest diagonals and columns: an upper bound.
+    Fixed budgets and caps count what is nearest, the longest diagonals and columns: an upper bound. MoBA's chunks are
+    counted for each token; XAttention bounds nothing.
     """
     sparse, length = config.attention.sparse, config.train.sequence_length
     if sparse is None or not sparse.train:
         return None
-    columns = min(sparse.most_columns, length) + sparse.sinks
+    columns = min(sparse.most_columns, length) + sparse.sinks if sparse.estimator == "vertical_slash" else 0
     if sparse.expected_density is not None:
         return ExpectedWork(sparse.expected_density, "attention.sparse.expected_density", columns)
+    if sparse.estimator == "xattention":
+        return ExpectedWork(1.0, "nothing: xattention has no cap (set attention.sparse.expected_density)", columns)
+    if sparse.estimator == "moba":
+        source = (
+            "attention.sparse.top_k chunks of each token alone: tokens of one tile that choose differently make it "
+            "more (attention.sparse.expected_density)"
+        )
+        return ExpectedWork(_share_of_chunks(sparse.top_k, sparse.chunk, length), source, columns)
     if sparse.budgets is not None:
         budgets = Budgets.read(sparse.budgets, config)
         layers = sparse.layers(config.model.layers, config.attention.window)
@@ -58,3 +67,10 @@ def _share(columns: int, diagonals: int, sparse: SparseSection, length: int) -> 
     first = min(columns + sparse.sinks, length)
     keys = first * length - first * (first - 1) // 2
     return min(1.0, tiles / (blocks * (blocks + 1) // 2) + keys / (length * (length + 1) // 2))
+
+
+def _share_of_chunks(top_k: int, chunk: int, length: int) -> float:
+    """Of causal attention: each token's own chunk up to itself, and as many whole ones before it as it may have."""
+    token = np.arange(length)
+    keys = np.minimum(token // chunk, top_k - 1) * chunk + token % chunk + 1
+    return float(keys.sum() / (length * (length + 1) / 2))

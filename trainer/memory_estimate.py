@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from farspan.parallel.degrees import Degrees
 from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import RunConfig
-from farspan.trainer.sparse_memory import estimation_bytes
+from farspan.trainer.sparse_memory import estimation_bytes, index_bytes
 
 # What is on a GPU beside tensors: the CUDA context, NCCL's buffers, libraries' workspaces, holes between tensors.
 _BESIDE_TENSORS = 2 * 2**30
@@ -61,7 +61,11 @@ def estimate_memory(config: RunConfig, degrees: Degrees, plan_bytes: int = 0, se
     again = layers - whole
     on_device = min(again, _NOT_YET_OFFLOADED) if memory.offload else again
     few = layer.input + (layer.results if memory.recompute == "selective" else 0)
-    kept = on_device * few + whole * layer.saved + layer.angles
+    sparse = config.attention.sparse
+    indexes = 0
+    if sparse is not None and sparse.train:
+        indexes = len(sparse.layers(layers, config.attention.window)) * index_bytes(config, sparse)
+    kept = on_device * few + whole * layer.saved + layer.angles + indexes
     # Layers that keep everything are done with before another is computed again.
     recomputed = 0 if whole else layer.saved - few
     moments = _moments(config, degrees, layer, recomputed, plan_bytes + selection)

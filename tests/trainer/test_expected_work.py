@@ -76,6 +76,33 @@ def test_budgets_count_by_head(tmp_path: Path) -> None:
     assert density_of(options | {"budgets": str(path)}) == pytest.approx((1 + two) / 2)
 
 
+def test_other_estimators_have_bounds_of_their_own() -> None:
+    keys = sum(min(token // 512, 2) * 512 + token % 512 + 1 for token in range(LENGTH))
+    moba = {"estimator": "moba", "chunk": 512, "top_k": 3}
+    assert density_of(moba) == pytest.approx(keys / (LENGTH * (LENGTH + 1) / 2))
+    assert density_of({"estimator": "xattention"}) == 1
+    for sparse in (moba, {"estimator": "xattention"}):
+        work = expected_work(config_of(sparse))
+        assert work is not None
+        assert work.columns == 0
+        assert density_of(sparse | {"expected_density": 0.05}) == 0.05
+        assert "most_columns" not in said(config_of(sparse))
+
+
+def test_memory_counts_the_indexes_of_all_layers() -> None:
+    """512K tokens, 16 heads: 32 MiB of XAttention's and 128 MiB of MoBA's in each of 36 layers."""
+    long = {"tokens_per_step": 2**19, "sequence_length": 2**19, "steps": 1}
+    ranks = Degrees(1, 4, 1)
+
+    def kept(sparse: dict[str, Any] | None) -> int:
+        config = config_of(sparse, train=long, model={"preset": "qwen2.5-3b", "vocabulary_size": 151936})
+        return estimate_memory(config, ranks).kept
+
+    assert kept({"estimator": "xattention"}) - kept(None) == 36 * (32 << 20)
+    assert kept({"estimator": "moba"}) - kept(None) == 36 * (128 << 20)
+    assert kept({"estimator": "moba", "train": False}) == kept(None)
+
+
 def test_a_plan_says_what_it_assumed_and_what_that_gains() -> None:
     long = {"tokens_per_step": 131072, "sequence_length": 131072, "steps": 1}
     text = said(config_of({"expected_density": 0.05, "dense_layers": [0]}, train=long))
