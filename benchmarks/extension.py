@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -87,8 +88,9 @@ def write_texts(folder: Path, options: argparse.Namespace) -> None:
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     sources = [file.read_text(encoding="utf-8", errors="ignore") for file in files if "site-packages" not in file.parts]
     size = 4 * options.long  # some four characters are a token
-    (folder / "text").mkdir(parents=True, exist_ok=True)
-    (folder / "asked").mkdir(exist_ok=True)
+    for kind in ("text", "asked"):
+        shutil.rmtree(folder / kind, ignore_errors=True)
+        (folder / kind).mkdir(parents=True)
     number = 0
     for _ in range(options.copies):
         draw.shuffle(sources)
@@ -183,7 +185,9 @@ def command(folder: Path, verb: str, name: str, gpu: int = 0) -> None:
 
 def run(arguments: list[str], gpu: int) -> None:
     print(" ".join(arguments[1:]), flush=True)
-    subprocess.run(arguments, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}, stdout=sys.stderr)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    device = given.split(",")[gpu] if given else str(gpu)
+    subprocess.run(arguments, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": device}, stdout=sys.stderr)
 
 
 def ask(folder: Path, answers: Path) -> None:
