@@ -110,6 +110,7 @@ def test_the_context_degree_follows_the_length_and_the_loss_stays(
     assert {row["sequence_length"]: row["context"] for row in by_striped} == degrees
 
 
+@pytest.mark.full
 def test_with_tensor_ranks_and_a_hierarchy(
     pool: Pool, tmp_path: Path, prepared: Path, alone: list[dict[str, Any]]
 ) -> None:

@@ -73,6 +73,7 @@ def test_sparse_attention_extends_a_context_as_dense_attention_does(tmp_path: Pa
     assert 0 < sparse["sparse_density"] < 1
 
 
+@pytest.mark.full
 def test_weights_of_no_run_or_of_another_model_or_tokenizer_are_refused(tmp_path: Path) -> None:
     prepare_small(tmp_path).rename(tmp_path / "prepared")
     farspan("train", config(tmp_path, "short", 256, 1))

@@ -118,12 +118,14 @@ def test_the_answer_is_that_of_the_newest_weights(pool: Pool, run: Path, prepare
     assert out == f"{expected}\n"
 
 
+@pytest.mark.full
 def test_ways_to_read_and_to_draw(run: Path) -> None:
     drawn, err = ask(run, "--question=-$x", "--star-block=1000", "--temperature=5", "--seed=1")
     assert "the text is read with dense attention, for it has less than two blocks" in err
     assert ask(run, "--question=-$x", "attention.star=null", *RING, "--temperature=5", "--seed=1")[0] == drawn
 
 
+@pytest.mark.full
 def test_damaged_weights_are_passed_over_and_nothing_is_changed(tmp_path: Path, run: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     for file in run.rglob("*"):

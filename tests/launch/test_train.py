@@ -171,6 +171,7 @@ def test_every_zero_stage_goes_on_bit_for_bit(tmp_path: Path, prepared: Path, ze
     assert run.values() == straight.values()
 
 
+@pytest.mark.full
 def test_a_kill_during_a_save_and_a_flipped_byte_cost_only_steps(tmp_path: Path, prepared: Path, straight: Run) -> None:
     run = Run(tmp_path / "run", prepared)
     checkpoints = run.directory / "checkpoints"
@@ -196,7 +197,7 @@ def test_a_kill_during_a_save_and_a_flipped_byte_cost_only_steps(tmp_path: Path,
     assert [row["step"] for row in run.rows()] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     tmp_path: Path, prepared: Path, number: signal.Signals
 ) -> None:
@@ -218,6 +219,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
         assert [row["step"] for row in run.rows()] == list(range(1, done + 2))
 
 
+@pytest.mark.full
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, prepared: Path) -> None:
     run = Run(tmp_path / "run", prepared)
     run.train("train.steps=5")
@@ -243,6 +245,7 @@ def test_a_rank_killed_in_the_middle_of_a_stage_ends_the_run(tmp_path: Path, pre
     assert re.search(words, seen.read_text()), seen.read_text()
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path: Path, prepared: Path) -> None:
     run = Run(tmp_path / "run", prepared)
     run.train("train.steps=1")
@@ -259,6 +262,7 @@ def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path: Path, p
     assert [row["step"] for row in run.rows()] == [1, 2]
 
 
+@pytest.mark.full
 def test_rows_of_several_lengths_go_on_where_the_run_stands(tmp_path: Path, prepared: Path) -> None:
     """With rows that other processes read, or none; but not over another curriculum."""
     keys = ["data.method=decompose", "data.decompose.shortest=32", "curriculum.odds=grow_p2", "curriculum.cycles=2"]
@@ -276,6 +280,7 @@ def test_rows_of_several_lengths_go_on_where_the_run_stands(tmp_path: Path, prep
     assert {row["sequence_length"]: row["context"] for row in whole.rows()} == {256: 2, 128: 1, 64: 1, 32: 1}
 
 
+@pytest.mark.full
 def test_torchrun_runs_the_same_command(tmp_path: Path, prepared: Path, straight: Run) -> None:
     run = Run(tmp_path / "run", prepared)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -129,7 +129,7 @@ def check_greedy(rank: int, world: int, tensor: int, steps: int) -> dict[str, tu
     return found
 
 
-@pytest.mark.parametrize(("world", "tensor"), [(1, 1), (2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "tensor"), [(1, 1), (2, 1), (4, 1), pytest.param(4, 2, marks=pytest.mark.full)])
 def test_greedy_decoding_is_the_argmax_of_full_forward_passes(pool: Pool, world: int, tensor: int) -> None:
     for found in pool.run(world, check_greedy, tensor, 6):
         assert list(found) == ["dense", "star 8", "replicated 8"]
