@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.conversations import prepare_questions
 from support.pool import Pool
-from support.training import train_runs
+from support.training import small_model, train_runs
 
 from farspan.data.corpus import Corpus
 from farspan.data.prepared import load_prepared
@@ -30,14 +30,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(directory: Path, prepared: Path, context: int = 1, **changes: Any) -> RunConfig:
     tree: dict[str, Any] = {
         "run": {"dir": str(directory), "seed": 5},
-        "model": {
-            "hidden_size": 32,
-            "layers": 2,
-            "heads": 4,
-            "kv_heads": 2,
-            "head_dim": 8,
-            "feed_forward_size": 48,
-        },
+        "model": small_model(2),
         "data": {"sources": ["unused"], "directory": str(prepared), "method": "best_fit", "overlong": "drop"},
         "train": {"steps": 4, "sequence_length": LENGTH, "tokens_per_step": 2 * LENGTH, "dtype": "fp32"},
         "attention": {"star": {"block": 32, "mode": "sft"}},

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.corpus import prepare_small
 from support.pool import Pool
+from support.training import small_model, train_runs
 
 from farspan.trainer.config import RunConfig
 
@@ -21,14 +21,7 @@ def make_config(directory: Path, prepared: Path, **sections: Any) -> RunConfig:
     """Rows of 64 to 4096 tokens, as many steps of each."""
     tree: dict[str, Any] = {
         "run": {"dir": str(directory), "seed": 5},
-        "model": {
-            "hidden_size": 32,
-            "layers": 2,
-            "heads": 4,
-            "kv_heads": 2,
-            "head_dim": 8,
-            "feed_forward_size": 48,
-        },
+        "model": small_model(2),
         "data": {
             "sources": ["unused"],
             "directory": str(prepared),
@@ -42,30 +35,6 @@ def make_config(directory: Path, prepared: Path, **sections: Any) -> RunConfig:
         **sections,
     }
     return RunConfig.model_validate(tree)
-
-
-def train_runs(rank: int, world: int, configs: list[RunConfig]) -> list[list[dict[str, Any]]]:
-    """Trains each configuration in turn on all ranks of the pool; rank 0 returns the rows of metrics.jsonl."""
-    from farspan.launch.quiet import quiet_libraries
-
-    quiet_libraries()
-    from farspan.parallel.mesh import Mesh
-    from farspan.trainer.metrics import MetricsFile
-    from farspan.trainer.preflight import check
-    from farspan.trainer.row_length import narrower_contexts
-    from farspan.trainer.stop import StopRequest
-    from farspan.trainer.train import train_on
-
-    results = []
-    for config in configs:
-        if rank == 0:
-            config.run.dir.mkdir(parents=True)
-        preflight = check(config, world)
-        mesh = Mesh.create(preflight.degrees, torch.device("cpu"), narrower=narrower_contexts(config))
-        train_on(mesh, config, preflight, StopRequest(), True, lambda line: None)
-        mesh.destroy()
-        results.append(MetricsFile(config.run.dir / "metrics.jsonl").read() if rank == 0 else [])
-    return results
 
 
 @pytest.fixture(scope="module")

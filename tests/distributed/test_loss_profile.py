@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.corpus import prepare_small
 from support.pool import Pool
-from support.training import train_runs
+from support.training import small_model, train_runs
 
 from farspan.data.rows import IGNORED, Row
 from farspan.trainer.config import RunConfig
@@ -86,14 +86,7 @@ def test_every_label_counts_in_its_bucket_and_ranks_change_no_bit(pool: Pool) ->
 def config_of(directory: Path, prepared: Path, context: int) -> RunConfig:
     tree: dict[str, Any] = {
         "run": {"dir": str(directory), "seed": 5},
-        "model": {
-            "hidden_size": 32,
-            "layers": 1,
-            "heads": 4,
-            "kv_heads": 2,
-            "head_dim": 8,
-            "feed_forward_size": 48,
-        },
+        "model": small_model(1),
         "data": {"sources": ["unused"], "directory": str(prepared)},
         "train": {"steps": 4, "sequence_length": 101, "tokens_per_step": 404, "dtype": "fp32", "report_every": 2},
         "parallel": {"context": context},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.corpus import prepare_small
 from support.pool import Pool
-from support.training import train_runs
+from support.training import small_model, train_runs
 
 from farspan.trainer.config import RunConfig
 
@@ -32,14 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def config_of(directory: Path, prepared: Path, context: int, data: dict[str, Any]) -> RunConfig:
     tree: dict[str, Any] = {
         "run": {"dir": str(directory), "seed": 5},
-        "model": {
-            "hidden_size": 32,
-            "layers": 1,
-            "heads": 4,
-            "kv_heads": 2,
-            "head_dim": 8,
-            "feed_forward_size": 48,
-        },
+        "model": small_model(1),
         "data": {"sources": ["unused"], "directory": str(prepared), **data},
         "train": {"steps": 4, "sequence_length": 96, "tokens_per_step": 384, "dtype": "fp32", "report_every": 1},
         "parallel": {"context": context, "plan": "ring", "order": "zigzag"},

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.command import farspan
 from support.corpus import prepare_small
 
 from farspan.data.prepare import prepare
 
 pytestmark = pytest.mark.distributed
-
-
-def farspan(*words: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "farspan.launch.command", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, (done.stdout, done.stderr)
-    return done.stdout + done.stderr
 
 
 def config(folder: Path, name: str, length: int, steps: int, **sections: Any) -> str:
