@@ -2,11 +2,12 @@
 
     python benchmarks/extension.py --folder extension --short 4096 --long 32768 --steps 600,150 --plot extension.png
 
-The text is Python's own standard library in long documents, with needles: here and there a comment says that a key is
-some number, and far behind, at distances of all scales, the comment is there again. A small decoder learns rows of
-`--short` tokens; from its weights two runs learn rows of `--long` tokens, one with dense and one with
-`attention.sparse`, each on a GPU of its own where there are two. Then both are asked, with dense attention, for the
-numbers of needles in unread texts as long as their rows: the share that they say in full is the recall.
+The text is the sources of Python's standard library and of PyTorch in long documents, with needles: here and there a
+comment has a key and two words for it, drawn for this document, and behind it, at distances of all scales, the comment
+is there again. A small decoder learns rows of `--short` tokens; from its weights two runs learn rows of `--long`
+tokens, one with dense and one with `attention.sparse`, each on a GPU of its own where there are two. Then both are
+asked, with dense attention, for the words of needles in unread texts as long as their rows: the share of needles whose
+two words they say is the recall.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from farspan.trainer.process_group import start_process_group
 
 VARIANTS = ("dense", "sparse")
 _NEEDLE_CHARACTERS = 1200  # one needle in so many
-_DIGITS = 5
+_ANSWER_TOKENS = 12
+_AGAIN = 4  # times that a needle of a training text is there again
+_SYLLABLES = ("ba", "di", "fo", "gu", "he", "ka", "li", "mo", "nu", "pe", "ra", "si", "to", "vu", "we", "za")
+_WORDS = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
 
 
 def main() -> None:
@@ -52,8 +56,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=131_072)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--copies", type=int, default=4, help="how often the library is there, with other needles")
-    parser.add_argument("--megabytes", type=float, default=1e9, help="of one copy, at most")
+    parser.add_argument("--megabytes", type=float, default=1e9, help="of text, at most")
     parser.add_argument("--mass", type=float, default=0.9)
     parser.add_argument("--texts", type=int, default=4, help="unread texts, each with 32 questions")
     parser.add_argument("--plot", type=Path, help="picture of the two runs; needs matplotlib")
@@ -85,38 +88,35 @@ def main() -> None:
 def write_texts(folder: Path, options: argparse.Namespace) -> None:
     """`text/`: documents a little longer than long rows; `asked/`: others, with their needles beside them."""
     draw = random.Random(0)
-    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-    sources = [file.read_text(encoding="utf-8", errors="ignore") for file in files if "site-packages" not in file.parts]
+    roots = (Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent)
+    files = sorted({file for root in roots for file in root.rglob("*.py") if file.is_relative_to(roots[1]) or "site-packages" not in file.parts})
+    sources = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
+    draw.shuffle(sources)
+    whole = "\n".join(sources)[: int(options.megabytes * 1e6)]
     size = 4 * options.long  # some four characters are a token
     for kind in ("text", "asked"):
         shutil.rmtree(folder / kind, ignore_errors=True)
         (folder / kind).mkdir(parents=True)
-    number = 0
-    for _ in range(options.copies):
-        draw.shuffle(sources)
-        whole = "\n".join(sources)[: int(options.megabytes * 1e6)]
-        for start in range(0, len(whole), size):
-            text, _ = with_needles(whole[start : start + size], draw, again=True)
+    for number, start in enumerate(range(0, len(whole), size)):
+        asked = number < options.texts
+        text, needles = with_needles(whole[start : start + size], draw, again=0 if asked else _AGAIN)
+        if asked:
+            (folder / "asked" / f"{number}.txt").write_text(text, encoding="utf-8")
+            (folder / "asked" / f"{number}.json").write_text(json.dumps(needles))
+        else:
             (folder / "text" / f"{number:05}.py").write_text(text, encoding="utf-8")
-            number += 1
-    for asked in range(options.texts):
-        start = draw.randrange(max(1, len(whole) - size))
-        text, needles = with_needles(whole[start : start + size], draw, again=False)
-        (folder / "asked" / f"{asked}.txt").write_text(text, encoding="utf-8")
-        (folder / "asked" / f"{asked}.json").write_text(json.dumps(needles))
 
 
-def with_needles(text: str, draw: random.Random, again: bool) -> tuple[str, dict[str, str]]:
-    """The text with needles between its lines, and what they are; `again`: each also a second time, later."""
-    lines, needles, added = text.split("\n"), {}, []
-    for _ in range(max(2, len(text) // _NEEDLE_CHARACTERS)):
-        key, value = (str(draw.randrange(10 ** (_DIGITS - 1), 10**_DIGITS)) for _ in range(2))
-        needles[key] = value
+def with_needles(text: str, draw: random.Random, again: int) -> tuple[str, dict[str, str]]:
+    """The text with needles between its lines, and what they are; each is there `again` so many times, later."""
+    lines = text.split("\n")
+    keys = draw.sample(_WORDS, min(len(_WORDS) // 2, max(2, len(text) // _NEEDLE_CHARACTERS)))
+    needles = {key: " ".join(draw.sample(_WORDS, 2)) for key in keys}
+    added = []
+    for key, words in needles.items():
         first = draw.randrange(len(lines))
-        added.append((first, sentence(key) + f" {value}"))
-        if again:
-            distance = int(len(lines) ** draw.random())
-            added.append((first + distance, sentence(key) + f" {value}"))
+        places = [first, *(first + int(len(lines) ** draw.random()) for _ in range(again))]
+        added += [(place, f"{sentence(key)} {words}") for place in places]
     for place, line in sorted(added, reverse=True):
         if place <= len(lines):
             lines.insert(place, line)
@@ -124,7 +124,7 @@ def with_needles(text: str, draw: random.Random, again: bool) -> tuple[str, dict
 
 
 def sentence(key: str) -> str:
-    return f"# the value of key {key} is"
+    return f"# recall {key}"
 
 
 def configurations(folder: Path, options: argparse.Namespace) -> None:
@@ -201,13 +201,13 @@ def ask(folder: Path, answers: Path) -> None:
     for file in sorted((folder.parents[1] / "asked").glob("*.txt")):
         tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[: config.train.sequence_length - 64].tolist()
         text = tokenizer.decode(tokens)
-        places = {key: text.find(f"{sentence(key)} {value}\n") for key, value in needles_of(file).items()}
+        places = {key: text.find(f"{sentence(key)} {words}\n") for key, words in needles_of(file).items()}
         here = [key for key, place in places.items() if place >= 0]
         for key in random.Random(0).sample(here, min(32, len(here))):
             reader = Reader(model, mesh)
             reader.prefill(tokens, prefill.dense(len(tokens), mesh, with_vocabulary(config, data).heads_of_rank(1)))
             reader.read(tokenizer.encode("\n" + sentence(key)).tolist())
-            said = tokenizer.decode(list(reader.decode(_DIGITS + 2)))
+            said = tokenizer.decode(list(reader.decode(_ANSWER_TOKENS)))
             quarter = 4 * (len(text) - places[key]) // (len(text) + 1)
             found[quarter].append(said.strip().startswith(needles_of(file)[key]))
     everything = [x for quarter in found for x in quarter]

@@ -12,6 +12,7 @@ from farspan.kernels.cost import Results, Work, call_seconds, totals_seconds
 from farspan.kernels.masks import IntervalMask
 from farspan.kernels.problem import Problem
 from farspan.kernels.rectangles import Cut, Rectangle, rectangles
+from farspan.kernels.tiles import TILE
 
 # A mask that takes more calls of a library than this is not one for a library.
 _MOST_CALLS = 64
@@ -106,7 +107,9 @@ def _fastest(problem: Problem, mask: IntervalMask, deterministic: bool) -> Choic
         seconds += call_seconds(table, problem, "triton", Work.of_mask(cut.rest, problem), first)
     for part in cut.rectangles:
         work = Work.of_rectangle(part, problem)
-        cost = {name: call_seconds(table, problem, name, work, add) for name in measured}
+        returns = sole or _in_tiles(part)
+        fit = [name for name in measured if returns or not REGISTRY[name].plans_shapes]
+        cost = {name: call_seconds(table, problem, name, work, add) for name in fit}
         best = min(cost, key=lambda name: cost[name])
         pieces.append(_rectangle(part, mask, best))
         seconds += cost[best]
@@ -116,6 +119,11 @@ def _fastest(problem: Problem, mask: IntervalMask, deterministic: bool) -> Choic
 
 def _apart(cut: Cut, problem: Problem) -> bool:
     return cut.rows_apart and (cut.keys_apart or not problem.backward)
+
+
+def _in_tiles(part: Rectangle) -> bool:
+    """Whether its shape may come again, as those that documents cut hardly ever do."""
+    return all((stop - start) % TILE == 0 for start, stop in (part.rows, part.keys))
 
 
 def _is_all(part: Rectangle, problem: Problem, mask: IntervalMask) -> bool:

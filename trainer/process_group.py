@@ -22,7 +22,8 @@ def start_process_group(timeout_seconds: float) -> torch.device:
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    alone = os.environ["WORLD_SIZE"] == "1"
+    os.environ.setdefault("MASTER_PORT", "0" if alone else "29500")  # 0: any that is free; nobody else has to know it
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     return device

@@ -75,6 +75,8 @@ class Backend(Protocol):
     """Whether every interval mask can be computed, or only rectangles: full ones, and causal ones that are square."""
     deterministic: bool
     """Whether gradients repeat bit for bit; results of the forward pass always do."""
+    plans_shapes: bool
+    """Whether the first call with a shape takes a tenth of a second, in which the library makes a plan for it."""
 
     def refusal(self, problem: Problem) -> str | None:
         """Why such tensors cannot be taken, whatever the mask; None if they can."""

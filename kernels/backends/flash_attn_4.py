@@ -16,6 +16,7 @@ class FlashAttention4:
     """In one of its two modes: its backward pass adds to dq in any order, or more slowly in a fixed one."""
 
     any_mask = False
+    plans_shapes = False
 
     def __init__(self, deterministic: bool) -> None:
         self.deterministic = deterministic

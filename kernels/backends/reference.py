@@ -18,6 +18,7 @@ from farspan.kernels.problem import Problem
 
 any_mask = True
 deterministic = True
+plans_shapes = False
 
 # Scores held at once, over batch, heads, rows and keys: 64 MiB in fp32.
 _SCORES = 1 << 24

@@ -24,6 +24,7 @@ class TorchLibrary:
 
     def __init__(self, name: str, capability: tuple[int, int], max_dim: int) -> None:
         self.name, self.capability, self.max_dim = name, capability, max_dim
+        self.plans_shapes = name == "cudnn"
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.capability is None:

@@ -17,6 +17,7 @@ from farspan.kernels.triton.tensors import last_contiguous, new_or
 
 any_mask = True
 deterministic = True
+plans_shapes = False
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -86,9 +86,20 @@ def test_documents_go_to_a_library_only_where_they_are_large(monkeypatch: pytest
     assert chosen(problem, masks.causal(length, range(0, length + 1, length // 4))) == "triton"
 
 
+def test_a_library_that_plans_each_shape_gets_none_that_will_not_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN makes a plan for each new shape, which takes longer than what it could save; FlashAttention does not."""
+    length = 32768
+    problem, edges = replace(PROBLEM, keys=length), [0, 8000, 16100, 24500, length]
+    use(monkeypatch, table(triton=(400, 500, 400), cudnn=(600, 450, 0)))
+    assert chosen(problem, masks.causal(length, edges)) == "triton"
+    use(monkeypatch, table(triton=(400, 500, 400), cudnn=(600, 450, 0), flash=(550, 300, 0)))
+    assert chosen(problem, masks.causal(length, edges)) == "4 flash"
+    assert chosen(replace(PROBLEM, keys=1001), masks.causal(1001)) == "cudnn"  # a row's own length does come again
+
+
 def test_the_rest_of_a_mask_goes_to_triton() -> None:
     length = 65536
-    edges = [0, 40000, 65000, *range(65100, length, 100), length]
+    edges = [0, 39936, 65024, *range(65100, length, 100), length]
     mask = masks.causal(length, edges)
     found = choose(replace(PROBLEM, keys=length), mask, "auto").parts
     assert [part.backend for part in found] == ["triton", "cudnn", "cudnn"]

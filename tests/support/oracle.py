@@ -48,52 +48,50 @@ class MaskCase:
     allowed: Tensor
 
 
-def _brute(length: int, sees: Callable[[int, int], bool]) -> Tensor:
-    return torch.tensor([[sees(q, k) for k in range(length)] for q in range(length)])[None]
+def _brute(length: int, sees: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Of every pair by itself: `sees` is given q as `[length, 1]` and k as `[1, length]`."""
+    positions = torch.arange(length)
+    return sees(positions[:, None], positions[None]).expand(length, length)[None].contiguous()
 
 
 @cache
 def mask_cases(length: int) -> list[MaskCase]:
     """One case a builder, with odd documents: one of a single token, lengths that nothing divides."""
-    cu = [0, 1, min(6, length - 1), length // 2, length]
-    cu = sorted(set(cu))
-    document = [max(i for i, begin in enumerate(cu[:-1]) if begin <= x) for x in range(length)]
-    start = [cu[d] for d in document]
+    cu = sorted({0, 1, min(6, length - 1), length // 2, length})
     sizes = [b - a for a, b in pairwise(cu)]
-
-    def together(q: int, k: int) -> bool:
-        return document[q] == document[k]
-
+    document = torch.tensor([number for number, size in enumerate(sizes) for _ in range(size)])
+    start = torch.tensor(cu)[document]
     prefixes = [min(size, 2 + 3 * i) for i, size in enumerate(sizes)]
     contexts = [max(0, size - 1 - i) for i, size in enumerate(sizes)]
+    prefix_of, context_of = torch.tensor(prefixes)[document], torch.tensor(contexts)[document]
     parts = [_parts(size) for size in sizes]
-    answer = [number for document_parts in parts for number, size in enumerate(document_parts) for _ in range(size)]
+    answer = torch.tensor([number for of in parts for number, size in enumerate(of) for _ in range(size)])
 
-    def star(q: int, k: int) -> bool:
-        context, row, key = contexts[document[q]], q - start[q], k - start[k]
-        local = row >= context or row // 4 == key // 4
-        return together(q, k) and k <= q and (local or key < min(3, context))
+    def together(q: Tensor, k: Tensor) -> Tensor:
+        return document[q] == document[k]
+
+    def star(q: Tensor, k: Tensor) -> Tensor:
+        context, row, key = context_of[q], q - start[q], k - start[k]
+        local = (row >= context) | (row // 4 == key // 4)
+        return together(q, k) & (k <= q) & (local | (key < context.clamp(max=3)))
+
+    def window(q: Tensor, k: Tensor) -> Tensor:
+        return together(q, k) & (k <= q) & ((q - k < 5) | (k - start[k] < 2))
+
+    def prefix(q: Tensor, k: Tensor) -> Tensor:
+        return together(q, k) & ((k <= q) | (k - start[k] < prefix_of[k]))
+
+    def question(q: Tensor, k: Tensor) -> Tensor:
+        return together(q, k) & (k <= q) & ((answer[k] == 0) | (answer[k] == answer[q]))
 
     return [
         MaskCase("causal", masks.causal(length), _brute(length, lambda q, k: k <= q)),
-        MaskCase("full", masks.full(length), _brute(length, lambda q, k: True)),
-        MaskCase("documents", masks.causal(length, cu), _brute(length, lambda q, k: k <= q and together(q, k))),
-        MaskCase(
-            "window",
-            masks.sliding_window(length, 5, 2, cu),
-            _brute(length, lambda q, k: k <= q and together(q, k) and (q - k < 5 or k - start[k] < 2)),
-        ),
+        MaskCase("full", masks.full(length), _brute(length, lambda q, k: q >= 0)),
+        MaskCase("documents", masks.causal(length, cu), _brute(length, lambda q, k: (k <= q) & together(q, k))),
+        MaskCase("window", masks.sliding_window(length, 5, 2, cu), _brute(length, window)),
         MaskCase("star", masks.star(length, 4, 3, contexts, cu), _brute(length, star)),
-        MaskCase(
-            "prefix",
-            masks.prefix_lm(length, prefixes, cu),
-            _brute(length, lambda q, k: together(q, k) and (k <= q or k - start[k] < prefixes[document[k]])),
-        ),
-        MaskCase(
-            "question",
-            masks.shared_question(length, parts),
-            _brute(length, lambda q, k: k <= q and together(q, k) and answer[k] in (0, answer[q])),
-        ),
+        MaskCase("prefix", masks.prefix_lm(length, prefixes, cu), _brute(length, prefix)),
+        MaskCase("question", masks.shared_question(length, parts), _brute(length, question)),
         MaskCase("blind", *_blind(length)),
     ]
 
@@ -106,7 +104,7 @@ def _blind(length: int) -> tuple[IntervalMask, Tensor]:
     """Causal, but every third row sees nothing."""
     sees = torch.arange(length) % 3 != 1
     mask = IntervalMask(*(bound * sees for bound in masks.causal(length).bounds))
-    return mask, _brute(length, lambda q, k: k <= q and q % 3 != 1)
+    return mask, _brute(length, lambda q, k: (k <= q) & (q % 3 != 1))
 
 
 def random_qkv(
