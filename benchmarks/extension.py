@@ -88,8 +88,9 @@ def main() -> None:
 def write_texts(folder: Path, options: argparse.Namespace) -> None:
     """`text/`: documents a little longer than long rows; `asked/`: others, with their needles beside them."""
     draw = random.Random(0)
-    roots = (Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent)
-    files = sorted({file for root in roots for file in root.rglob("*.py") if file.is_relative_to(roots[1]) or "site-packages" not in file.parts})
+    standard, torch_folder = Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent
+    files = [file for file in standard.rglob("*.py") if "site-packages" not in file.parts]
+    files = sorted({*files, *torch_folder.rglob("*.py")})
     sources = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
     draw.shuffle(sources)
     whole = "\n".join(sources)[: int(options.megabytes * 1e6)]
