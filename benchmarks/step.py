@@ -71,8 +71,8 @@ def print_table(rows: list[dict[str, Any]], model: str) -> None:
         if row["status"] != "ok":
             print(f"{head}  {row['status']}")
             continue
-        cells = [f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"]
-        cells.append(f"{row['peak_gib']:.1f}")
+        cells = [f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,.0f}"]
+        cells += ["" if row["mfu"] is None else f"{row['mfu']:.1%}", f"{row['peak_gib']:.1f}"]
         for part in ("attention", "index", "other", "loss", "optimizer"):
             seconds = row.get(f"{part}_seconds")
             cells.append("" if seconds is None else f"{seconds:.3f}")

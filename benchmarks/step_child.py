@@ -65,7 +65,10 @@ def main() -> None:
             row |= {
                 "seconds": found.seconds,
                 "tokens_per_second": length / found.seconds,
-                "mfu": model_flops(preflight.model, length) / found.seconds / PEAK_FLOPS,
+                # Of sparse attention's work there is no such figure: what it leaves out is no work done.
+                "mfu": None
+                if config.attention.sparse
+                else model_flops(preflight.model, length) / found.seconds / PEAK_FLOPS,
                 "peak_gib": found.peak_bytes / 2**30,
                 "loss": found.loss,
                 **{f"{part}_seconds": seconds for part, seconds in found.parts.items()},
