@@ -1,13 +1,13 @@
 """A model's context is extended with dense and with sparse attention: the same start, the same tokens. What is lost?
 
-    python benchmarks/extension.py --folder extension --short 4096 --long 32768 --steps 600,150 --plot extension.png
+    python benchmarks/extension.py --folder extension --lengths 256,4096,32768 --steps 1500,300,240 --plot extension.png
 
 The text is the sources of Python's standard library and of PyTorch in long documents, with needles: here and there a
 comment has a key and two words for it, drawn for this document, and behind it, at distances of all scales, the comment
-is there again. A small decoder learns rows of `--short` tokens; from its weights two runs learn rows of `--long`
-tokens, one with dense and one with `attention.sparse`, each on a GPU of its own where there are two. Then both are
-asked, with dense attention, for the words of needles in unread texts as long as their rows: the share of needles whose
-two words they say is the recall.
+is there again. A small decoder learns rows of each of `--lengths` but the last, one after the other, for to look
+something up is learnt in short rows. From its weights two runs learn rows of the last length, one with dense and one
+with `attention.sparse`, each on a GPU of its own where there are two. Then both are asked, with dense attention, for
+the words of needles in unread texts as long as their rows: the share of needles whose two words they say is the recall.
 """
 
 from __future__ import annotations
@@ -40,20 +40,19 @@ from farspan.trainer.preflight import with_vocabulary
 from farspan.trainer.process_group import start_process_group
 
 VARIANTS = ("dense", "sparse")
-_NEEDLE_CHARACTERS = 1200  # one needle in so many
+_NEEDLE_CHARACTERS = 1800  # one needle in so many
 _ANSWER_TOKENS = 12
-_AGAIN = 4  # times that a needle of a training text is there again
-_SYLLABLES = ("ba", "di", "fo", "gu", "he", "ka", "li", "mo", "nu", "pe", "ra", "si", "to", "vu", "we", "za")
+_AGAIN = 12  # times that a needle of a training text is there again
+_SYLLABLES = ("ba", "di", "fo", "gu", "ka", "li", "mo", "nu", "pe", "ra", "si", "to")
 _WORDS = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("extension"))
-    parser.add_argument("--short", type=int, default=4096)
-    parser.add_argument("--long", type=int, default=32768)
-    parser.add_argument("--steps", type=lambda text: [int(x) for x in text.split(",")], default=[600, 150])
-    parser.add_argument("--tokens-per-step", type=int, default=131_072)
+    parser.add_argument("--lengths", type=numbers, default=[256, 4096, 32768])
+    parser.add_argument("--steps", type=numbers, default=[1500, 300, 240], help="on rows of each length")
+    parser.add_argument("--tokens-per-step", type=int, default=65_536)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--megabytes", type=float, default=1e9, help="of text, at most")
@@ -74,8 +73,10 @@ def main() -> None:
     folder: Path = options.folder
     write_texts(folder, options)
     configurations(folder, options)
-    command(folder, "prepare", "short")
-    command(folder, "train", "short")
+    stages = [str(length) for length in options.lengths[:-1]]
+    command(folder, "prepare", stages[0])
+    for stage in stages:
+        command(folder, "train", stage)
     gpus = max(1, torch.cuda.device_count())
     with ThreadPoolExecutor(len(VARIANTS) if gpus > 1 else 1) as pool:
         results = dict(zip(VARIANTS, pool.map(lambda i: extend(folder, VARIANTS[i], i % gpus), range(len(VARIANTS)))))
@@ -83,6 +84,10 @@ def main() -> None:
     report(results)
     if options.plot:
         plot(results, options.plot)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def write_texts(folder: Path, options: argparse.Namespace) -> None:
@@ -94,7 +99,7 @@ def write_texts(folder: Path, options: argparse.Namespace) -> None:
     sources = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
     draw.shuffle(sources)
     whole = "\n".join(sources)[: int(options.megabytes * 1e6)]
-    size = 4 * options.long  # some four characters are a token
+    size = 4 * options.lengths[-1]  # some four characters are a token
     for kind in ("text", "asked"):
         shutil.rmtree(folder / kind, ignore_errors=True)
         (folder / kind).mkdir(parents=True)
@@ -116,7 +121,8 @@ def with_needles(text: str, draw: random.Random, again: int) -> tuple[str, dict[
     added = []
     for key, words in needles.items():
         first = draw.randrange(len(lines))
-        places = [first, *(first + int(len(lines) ** draw.random()) for _ in range(again))]
+        # The logarithm of the distance is a square, so that many are near.
+        places = [first, *(first + int(len(lines) ** draw.random() ** 2) for _ in range(again))]
         added += [(place, f"{sentence(key)} {words}") for place in places]
     for place, line in sorted(added, reverse=True):
         if place <= len(lines):
@@ -153,23 +159,33 @@ def configurations(folder: Path, options: argparse.Namespace) -> None:
         "eval": {"rows": 16},
         "checkpoint": {"every": 1_000_000, "keep": 1},
     }
-    schedule = {"schedule": "cosine", "learning_rate": 1.5e-3, "warmup_steps": options.steps[0] // 20}
-    stages = {"short": {"train": {"steps": options.steps[0], "sequence_length": options.short}, "optimizer": schedule}}
-    schedule = {"schedule": "cosine", "learning_rate": 5e-4, "warmup_steps": options.steps[1] // 20}
-    long = {"train": {"steps": options.steps[1], "sequence_length": options.long}, "optimizer": schedule}
-    # Rotary frequencies slow down with the length of rows, and some more.
-    long["model"] = {"rotary_theta": 10_000.0 * (2 * options.long / options.short)}
+    stages: dict[str, dict[str, Any]] = {}
+    *short, long = zip(options.lengths, options.steps, strict=True)
+    before, before_length = None, short[0][0]
+    for length, steps in short:
+        stages[str(length)] = stage(folder, length, steps, 1.5e-3, before)
+        before, before_length = str(length), length
     for variant in VARIANTS:
-        stages[variant] = {**long, "run": {"weights_from": str(folder / "runs" / "short")}}
-    stages["sparse"]["attention"] = {"sparse": {"mass": options.mass, "report_every": max(1, options.steps[1] // 15)}}
-    for name, stage in stages.items():
+        stages[variant] = stage(folder, *long, 5e-4, before)
+        # Rotary frequencies slow down with the length of rows, and some more.
+        stages[variant]["model"] = {"rotary_theta": 10_000.0 * 2 * long[0] / before_length}
+    sparse = {"mass": options.mass, "report_every": max(1, long[1] // 15)}
+    stages["sparse"]["attention"] = {"sparse": sparse}
+    for name, sections in stages.items():
         # All rows of a step at once: small models are bound by the host otherwise.
-        stage["train"]["micro_batch_rows"] = options.tokens_per_step // stage["train"]["sequence_length"]
+        sections["train"]["micro_batch_rows"] = options.tokens_per_step // sections["train"]["sequence_length"]
         tree = {"run": {}, **common}
-        for section, keys in stage.items():
+        for section, keys in sections.items():
             tree[section] = {**tree.get(section, {}), **keys}
         tree["run"] = {**tree["run"], "dir": str(folder / "runs" / name), "seed": 1}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+
+
+def stage(folder: Path, length: int, steps: int, rate: float, before: str | None) -> dict[str, dict[str, Any]]:
+    """Sections of a run on rows of a length, which begins with the weights of another one."""
+    run = {} if before is None else {"weights_from": str(folder / "runs" / before)}
+    optimizer = {"schedule": "cosine", "learning_rate": rate, "warmup_steps": max(1, steps // 20)}
+    return {"run": run, "train": {"steps": steps, "sequence_length": length}, "optimizer": optimizer}
 
 
 def extend(folder: Path, variant: str, gpu: int) -> dict[str, Any]:
