@@ -28,6 +28,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What was taken of a part: rows, their tokens of text, and how often that is all of the part."""
+
+    rows: int
+    tokens: int
+    epochs: float
+
+
+@dataclass(frozen=True)
 class Stage:
     """For `samples` samples (None: without end) parts give shares of the tokens by weight; others rest."""
 
@@ -56,7 +65,7 @@ class Blend:
     seed, each once an epoch, and goes on where it was when it comes back in a later stage. One that has had all its
     epochs leaves its share to the others, in proportion; where none is left in a stage, the blend ends.
 
-    Raises DataError when a weight is of no part, or a stage has none.
+    Raises DataError when a weight is of no part, a stage has none, or the epochs of a part are less than one row.
     """
 
     def __init__(self, parts: Mapping[str, Part], stages: Sequence[Stage], seed: int) -> None:
@@ -66,6 +75,12 @@ class Blend:
         if len(lengths) != 1:
             raise ValueError(f"parts of a blend have rows of one length, not {sorted(lengths)}")
         self.length = lengths.pop()
+        for name, part in parts.items():
+            if not part.most_rows:
+                raise DataError(
+                    f"data.blend.parts.{name}.epochs {part.epochs:g} of {len(part.rows):,} rows of {self.length:,} "
+                    "tokens is less than one row: raise it, or leave the part out."
+                )
         self._segments: list[_Segment] = []
         self.samples = 0  # how many there are in all
         before = (0,) * len(parts)
@@ -90,23 +105,25 @@ class Blend:
         """Rows that each part gives to the first `samples` samples."""
         return dict(zip(self.names, self._segment(samples).counts(samples), strict=True))
 
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How often each part's rows are taken by the first `samples` samples."""
-        counts = self._segment(samples).counts(samples)
-        return {name: count / len(part.rows) for name, count, part in zip(self.names, counts, self._parts)}
+    def taken(self, samples: int) -> dict[str, Taken]:
+        """What the first `samples` samples take of each part; of tokens as many as its rows have on average."""
+        found = {}
+        for (name, part), count in zip(self.parts.items(), self._segment(samples).counts(samples), strict=True):
+            epochs = count / len(part.rows)
+            found[name] = Taken(count, round(epochs * part.tokens), epochs)
+        return found
 
     @property
-    def rows(self) -> dict[str, RowSource]:
-        """Of each part."""
-        return {name: part.rows for name, part in zip(self.names, self._parts)}
+    def parts(self) -> dict[str, Part]:
+        return dict(zip(self.names, self._parts, strict=True))
 
     def check(self, samples: int) -> None:
         """DataError unless there are so many samples."""
         if samples > self.samples:
             raise DataError(
-                f"data.blend has {self.samples:,} rows, and train.steps take {samples:,}: raise epochs in "
-                "data.blend.parts, let more parts take part in the stage that ends there, leave the last stage's steps "
-                "out, or lower train.steps."
+                f"data.blend has {self.samples:,} rows of {self.length:,} tokens, and train.steps take {samples:,}: "
+                "raise epochs in data.blend.parts, let more parts take part in the stage that ends there, leave the "
+                "last stage's steps out, or lower train.steps."
             )
 
     def _place(self, sample: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from farspan.data.quotas import Quotas
 from farspan.data.rows import Row
 from farspan.data.sampling import random_words
 from farspan.data.steps import SampleStream
@@ -26,10 +27,10 @@ ODDS: Mapping[str, Callable[[int], list[float]]] = {
 
 
 class Curriculum:
-    """Steps of `tokens_per_step` tokens, each of one bucket, in cycles of `cycle_steps` steps.
+    """Steps of `tokens_per_step` tokens, each of one bucket, in cycles.
 
-    Every cycle has the same mixture: of each bucket a share of the steps in proportion to its `shares`. `odds` say only
-    in which order they come, so that high odds for short rows let rows grow in every cycle:
+    How many steps of each bucket a cycle has is said by `quotas`. `odds` say only in which order they come, so that
+    high odds for short rows let rows grow in every cycle:
 
     - `random`: at each step a bucket is drawn by its odds from those that the cycle has steps of left. (Algorithm 1 of
       arXiv:2405.13226.)
@@ -37,27 +38,26 @@ class Curriculum:
       as the odds of the buckets up to k, backwards, and then of those above: most of them in part k. In a part they
       are shuffled. (The schedule of OLMo-core.)
 
-    The first step of all is of the longest bucket, so that a run which does not fit into memory ends at once.
+    The first step of all is of the longest bucket of its cycle, so that a run which does not fit into memory ends at
+    once.
 
-    `buckets`, `shares` and `odds` are ordered from the shortest to the longest. The samples of step s are numbered from
+    `buckets`, `quotas` and `odds` are ordered from the shortest to the longest. The samples of step s are numbered from
     s times the rows that a step of the shortest bucket has.
     """
 
     def __init__(
         self,
         buckets: Sequence[SampleStream],
-        shares: Sequence[float],
+        quotas: Quotas,
         odds: Sequence[float],
         tokens_per_step: int,
-        cycle_steps: int,
         schedule: Schedule,
         seed: int,
     ) -> None:
-        self.buckets, self.tokens_per_step, self.cycle_steps = list(buckets), tokens_per_step, cycle_steps
-        self.shares = np.array(shares, np.float64) / np.sum(shares)
+        self.buckets, self.tokens_per_step = list(buckets), tokens_per_step
+        self.quotas, self.cycle_steps = quotas, quotas.cycle_steps
         self._odds, self._schedule, self._seed = np.array(odds, np.float64), schedule, seed
         self._most_rows = tokens_per_step // self.buckets[0].length
-        self._before = [np.zeros(len(self.buckets), np.int64)]  # steps of each bucket before each cycle
         self._cycle = lru_cache(maxsize=2)(self._order_of_cycle)
 
     @property
@@ -75,13 +75,15 @@ class Curriculum:
         step, place = divmod(sample, self._most_rows)
         number, earlier = self._place(step)
         bucket = self.buckets[number]
-        return bucket.row(earlier * (self.tokens_per_step // bucket.length) + place)
+        return bucket.row(earlier * self._rows_of(bucket) + place)
 
-    def steps_before(self, cycle: int) -> NDArray[np.int64]:
-        """How many steps of each bucket come before a cycle, int64 `[buckets]`."""
-        while len(self._before) <= cycle:
-            self._before.append(self._before[-1] + self._next_quota())
-        return self._before[cycle]
+    def samples_of_each(self, steps: int) -> list[int]:
+        """How many samples of each bucket the first `steps` steps take."""
+        cycle, at = divmod(steps, self.cycle_steps)
+        found = self.quotas.steps_before(cycle)
+        if at:
+            found = found + np.bincount(self._cycle(cycle)[0][:at], minlength=len(self.buckets))
+        return [int(count) * self._rows_of(bucket) for count, bucket in zip(found, self.buckets, strict=True)]
 
     def lengths_of_steps(self, steps: int) -> NDArray[np.int64]:
         """`length` of each of the first `steps` steps."""
@@ -89,31 +91,20 @@ class Curriculum:
         numbers = np.concatenate([self._cycle(cycle)[0] for cycle in cycles])[:steps]
         return np.array([bucket.length for bucket in self.buckets])[numbers]
 
-    def _next_quota(self) -> NDArray[np.int64]:
-        """Steps of each bucket in the next cycle: whole numbers that follow the shares more closely cycle by cycle."""
-        cycle, before = len(self._before), self._before[-1]
-        wanted = self.shares * cycle * self.cycle_steps - before
-        quota = np.floor(np.maximum(wanted, 0)).astype(np.int64)
-        while (missing := self.cycle_steps - quota.sum()) != 0:
-            if missing > 0:
-                quota[np.argmax(wanted - quota)] += 1
-            else:
-                quota[np.argmin(np.where(quota > 0, wanted - quota, np.inf))] -= 1
-        if cycle == 1 and quota[-1] == 0:  # the first step of all
-            quota[np.argmax(quota)] -= 1
-            quota[-1] += 1
-        return quota
+    def _rows_of(self, bucket: SampleStream) -> int:
+        """Rows of one step."""
+        return self.tokens_per_step // bucket.length
 
     def _place(self, step: int) -> tuple[int, int]:
         """The bucket of a step, and how many steps of it come before."""
         cycle, at = divmod(step, self.cycle_steps)
         numbers, earlier = self._cycle(cycle)
         number = int(numbers[at])
-        return number, int(self.steps_before(cycle)[number] + earlier[at])
+        return number, int(self.quotas.steps_before(cycle)[number] + earlier[at])
 
     def _order_of_cycle(self, cycle: int) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
         """The bucket of each of a cycle's steps, and how many of that bucket come before in the cycle."""
-        quota = self.steps_before(cycle + 1) - self.steps_before(cycle)
+        quota = self.quotas.steps_before(cycle + 1) - self.quotas.steps_before(cycle)
         numbers = np.repeat(np.arange(len(quota), dtype=np.int8), quota)
         words = random_words(self._seed, np.array([cycle]), np.arange(self.cycle_steps))
         fractions = ((words >> np.uint64(11)).astype(np.float64) + 0.5) / (1 << 53)
@@ -121,7 +112,7 @@ class Curriculum:
         times = self._drawn_times(each) if self._schedule == "random" else self._sub_cycle_times(each)
         numbers = numbers[np.argsort(np.concatenate(times), kind="stable")]
         if cycle == 0:
-            first = int(np.argmax(numbers == len(quota) - 1))
+            first = int(np.argmax(numbers == numbers.max()))
             numbers = np.concatenate([numbers[first : first + 1], numbers[:first], numbers[first + 1 :]])
         earlier = np.zeros(len(numbers), np.int64)
         for number, count in enumerate(quota):

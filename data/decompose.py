@@ -96,6 +96,9 @@ class Places:
     def __len__(self) -> int:
         return len(self.documents)
 
+    def __getitem__(self, taken: NDArray[np.bool_]) -> Places:
+        return Places(self.documents[taken], self.starts[taken])
+
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
@@ -105,6 +108,15 @@ class Decomposition:
     places: Mapping[int, Places]
     discarded_tokens: int
     discarded_documents: int
+
+    def of(self, chosen: NDArray[np.int64], lengths: NDArray[np.int64]) -> Decomposition:
+        """That of some of the documents alone, whose rows are the same. `lengths` are those of all."""
+        wanted, done = np.zeros(len(lengths), np.bool_), np.zeros(len(lengths), np.int64)
+        wanted[chosen] = True
+        places = {length: some[wanted[some.documents]] for length, some in self.places.items()}
+        for length, some in places.items():
+            done += length * np.bincount(some.documents, minlength=len(lengths))
+        return Decomposition(places, *_discarded(lengths[chosen], done[chosen]))
 
 
 def decompose(lengths: NDArray[np.int64], shortest: int, longest: int, randomize: bool, seed: int) -> Decomposition:
@@ -140,12 +152,13 @@ def decompose(lengths: NDArray[np.int64], shortest: int, longest: int, randomize
         before = np.arange(len(documents)) - np.repeat(count.cumsum() - count, count)
         add(documents, done[documents] + before * length, length)
         done += count * length
+    return Decomposition({length: _joined(places) for length, places in found.items()}, *_discarded(lengths, done))
+
+
+def _discarded(lengths: NDArray[np.int64], done: NDArray[np.int64]) -> tuple[int, int]:
+    """Tokens and whole documents that no row has, where rows have `done` tokens of each document."""
     too_short = done == 0
-    return Decomposition(
-        {length: _joined(places) for length, places in found.items()},
-        int(np.where(too_short, lengths, targets - done).sum()),
-        int(too_short.sum()),
-    )
+    return int(np.where(too_short, lengths, lengths - 1 - done).sum()), int(too_short.sum())
 
 
 def _joined(places: list[Places]) -> Places:

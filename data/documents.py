@@ -38,10 +38,10 @@ class Selection:
     def __init__(self, documents: Documents, chosen: NDArray[np.int64]) -> None:
         self.split = documents.split
         self.lengths, self.told = documents.lengths[chosen], documents.told[chosen]
-        self._documents, self._chosen = documents, chosen
+        self.chosen, self._documents = chosen, documents
 
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
-        return self._documents.read(int(self._chosen[document]), start, stop)
+        return self._documents.read(int(self.chosen[document]), start, stop)
 
     def answers(self, document: int) -> Answers | None:
-        return self._documents.answers(int(self._chosen[document]))
+        return self._documents.answers(int(self.chosen[document]))

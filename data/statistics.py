@@ -5,17 +5,18 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from farspan.data.decompose import decompose
+from farspan.data.decompose import Decomposition, decompose
 from farspan.data.histogram import Histogram
 
 _SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
 def describe_lengths(
-    lengths: NDArray[np.int64], shortest: int, longest: int, randomize: bool, seed: int
+    all_lengths: NDArray[np.int64], chosen: slice, shortest: int, longest: int, randomize: bool, seed: int
 ) -> Iterator[str]:
-    """Lines on documents of `lengths` tokens [documents]: a histogram, quantiles, and a table of the buckets from
-    `shortest` to `longest` tokens, both powers of two, as `decompose` fills them."""
+    """Lines on some of the documents of a split, which have `all_lengths` tokens [documents]: a histogram, quantiles,
+    and a table of the buckets from `shortest` to `longest` tokens, both powers of two, as `decompose` fills them."""
+    lengths = all_lengths[chosen]
     if not len(lengths):
         yield "no documents"
         return
@@ -25,7 +26,11 @@ def describe_lengths(
     for share, of_documents, of_tokens in _quantiles(lengths):
         yield f"{share:>8.0%} {of_documents:>20,} {of_tokens:>30,}"
     yield ""
-    yield from _buckets(lengths, shortest, longest, randomize, seed)
+    # Of the whole split: a document draws by its number there.
+    cut = decompose(all_lengths, shortest, longest, randomize, seed).of(
+        np.arange(len(all_lengths))[chosen], all_lengths
+    )
+    yield from _buckets(cut, int(lengths.sum()), shortest)
 
 
 def _quantiles(lengths: NDArray[np.int64]) -> Iterator[tuple[float, int, int]]:
@@ -38,8 +43,7 @@ def _quantiles(lengths: NDArray[np.int64]) -> Iterator[tuple[float, int, int]]:
         yield share, int(of_documents), int(of_tokens)
 
 
-def _buckets(lengths: NDArray[np.int64], shortest: int, longest: int, randomize: bool, seed: int) -> Iterator[str]:
-    cut, total = decompose(lengths, shortest, longest, randomize, seed), int(lengths.sum())
+def _buckets(cut: Decomposition, total: int, shortest: int) -> Iterator[str]:
     yield f"{'bucket':>12} {'sequences':>12} {'tokens':>16} {'share':>7}"
     for length, places in sorted(cut.places.items()):
         tokens = length * len(places)

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from farspan.data.prepared import Prepared
 
@@ -65,20 +63,21 @@ def stats(options: argparse.Namespace) -> int:
     if options.shortest > options.longest:
         raise DataError(f"--shortest {options.shortest} is more than --longest {options.longest}")
     prepared = _open(options.directory)
-    chosen = np.arange(prepared.documents[options.split])
+    chosen = slice(None)
     if options.source is not None:
         if options.source not in prepared.sources:
             raise DataError(f"--source {options.source}: {options.directory} has {', '.join(prepared.sources)}")
         here = prepared.sources[options.source][options.split]
-        chosen = chosen[here.start : here.stop]
-    lengths = Corpus(prepared, options.split).lengths[chosen]
+        chosen = slice(here.start, here.stop)
+    lengths = Corpus(prepared, options.split).lengths
     for line in read_report(prepared.directory):
         print(line)
-    print(f"\n{options.split}{f' of {options.source}' if options.source else ''}: {len(lengths):,} documents")
-    for line in describe_lengths(lengths, options.shortest, options.longest, not options.no_randomize, options.seed):
+    of_source, randomize = f" of {options.source}" if options.source else "", not options.no_randomize
+    print(f"\n{options.split}{of_source}: {len(lengths[chosen]):,} documents")
+    for line in describe_lengths(lengths, chosen, options.shortest, options.longest, randomize, options.seed):
         print(line)
     if options.plot:
-        plot_lengths(lengths, options.plot)
+        plot_lengths(lengths[chosen], options.plot)
     return 0
 
 

@@ -23,7 +23,7 @@ from farspan.parallel.cluster import load_cluster
 from farspan.parallel.orders import ORDERS
 from farspan.parallel.plans import PLANS, Topology
 from farspan.trainer.attention_config import AttentionSection
-from farspan.trainer.data_config import CurriculumSection, DataSection
+from farspan.trainer.data_config import CurriculumSection, DataSection, StageSection
 from farspan.trainer.section import Section, did_you_mean
 
 # Plans whose blocks begin and end with any token, and not with tiles.
@@ -242,14 +242,14 @@ class RunConfig(Section):
             return (longest,)
         return tuple(longest >> i for i in range((longest // self.data.decompose.shortest).bit_length()))
 
+    @property
+    def cycle_steps(self) -> int:
+        """Steps of each cycle of the curriculum."""
+        return self.train.steps // self.curriculum.cycles
+
     @model_validator(mode="after")
     def _check_rows(self) -> RunConfig:
         data, window = self.data, self.data.growing_window
-        if data.blend is not None and data.method == "decompose":
-            raise ValueError(
-                "data.blend is for rows of one length, and data.method decompose makes rows of several; leave it out, "
-                "or set data.method to best_fit"
-            )
         if data.overlong != "split" and data.method in ("concat", "decompose"):
             raise ValueError(
                 f"data.overlong {data.overlong} does nothing with data.method {data.method}, which cuts documents "
@@ -316,6 +316,7 @@ class RunConfig(Section):
                 f"curriculum.cycles {curriculum.cycles} does not divide train.steps {train.steps}; the nearest that "
                 f"goes is {max(1, round(train.steps / curriculum.cycles)) * curriculum.cycles}"
             )
+        self._check_stages_of_cycles([] if data.blend is None else data.blend.stages)
         if self.memory.keep_layers == "auto":
             raise ValueError(
                 "memory.keep_layers auto measures the first steps, and data.method decompose makes the later ones "
@@ -329,6 +330,23 @@ class RunConfig(Section):
                 "leave it out"
             )
         return self
+
+    def _check_stages_of_cycles(self, stages: Sequence[StageSection]) -> None:
+        cycle = self.cycle_steps
+        for number, stage in enumerate(stages[:-1]):
+            if stage.steps is not None and stage.steps % cycle:
+                raise ValueError(
+                    f"data.blend.stages.{number}.steps {stage.steps} ends inside a cycle, and each of the "
+                    f"curriculum.cycles {self.curriculum.cycles} has {cycle} steps of train.steps; set it to a "
+                    f"multiple of these, such as {max(1, round(stage.steps / cycle)) * cycle}"
+                )
+        if stages and stages[-1].steps is not None:
+            done = sum(stage.steps or 0 for stage in stages)
+            if done < self.train.steps:
+                raise ValueError(
+                    f"data.blend.stages end after step {done}, and train.steps is {self.train.steps}; leave out the "
+                    "steps of the last one"
+                )
 
     @model_validator(mode="after")
     def _check_tokens_per_rank(self) -> RunConfig:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from farspan.data.corpus import Corpus
+from farspan.data.blend import Part, Taken
 from farspan.data.curriculum import average_context, average_length
 from farspan.data.prepared import load_prepared
+from farspan.trainer.blended import parts_of, taken_of_parts
 from farspan.trainer.config import ConfigError, RunConfig
-from farspan.trainer.decomposed import curriculum_steps, decompose_corpus
+from farspan.trainer.decomposed import curriculum_steps, decompose_parts
+from farspan.trainer.documents import training_documents
 from farspan.trainer.plan_plot import check_plot
 from farspan.trainer.row_length import context_of
 
@@ -31,11 +33,12 @@ def describe_schedule(config: RunConfig, report: Callable[[str], None], plot: Pa
         )
     if plot is not None:
         check_plot(plot)
-    corpus = Corpus(load_prepared(config.data.directory), "train")
-    found, train, settings = decompose_corpus(config, corpus), config.train, config.curriculum
-    steps = curriculum_steps(config, corpus, found)
+    prepared, train, settings = load_prepared(config.data.directory), config.train, config.curriculum
+    parts, documents = decompose_parts(config, prepared), training_documents(config, prepared).values()
+    steps = curriculum_steps(config, prepared, parts)
     lengths = steps.lengths_of_steps(train.steps)
-    text = {length: length * len(places) for length, places in found.places.items()}
+    rows = {length: sum(len(found.places[length]) for found in parts.values()) for length in config.row_lengths}
+    text = {length: length * count for length, count in rows.items()}
     taken = {length: int((lengths == length).sum()) * train.tokens_per_step for length in text}
     whole = sum(text.values())
 
@@ -50,15 +53,20 @@ def describe_schedule(config: RunConfig, report: Callable[[str], None], plot: Pa
     )
     for length in text:
         report(
-            f"{length:>9,}{len(found.places[length]):>13,}{text[length]:>17,}{text[length] / whole:>9.1%}"
+            f"{length:>9,}{rows[length]:>13,}{text[length]:>17,}{text[length] / whole:>9.1%}"
             f"{taken[length] // train.tokens_per_step:>10,}{taken[length] / sum(taken.values()):>10.1%}"
             f"{train.tokens_per_step // length:>13,}{taken[length] / max(1, text[length]):>9.2f}"
             f"{context_of(config, length):>9}" + ("" if length in steps.lengths else "  left out: fewer than a step")
         )
+    _report_parts(taken_of_parts(steps, train.steps), parts_of(steps), report)
+    discarded, tokens = (
+        sum(found.discarded_tokens for found in parts.values()),
+        sum(int(d.lengths.sum()) for d in documents),
+    )
     report(
-        f"discarded: {found.discarded_tokens:,} of {int(corpus.lengths.sum()):,} tokens "
-        f"({found.discarded_tokens / corpus.lengths.sum():.2%}), with {found.discarded_documents:,} of "
-        f"{len(corpus.lengths):,} documents that are shorter than data.decompose.shortest "
+        f"discarded: {discarded:,} of {tokens:,} tokens ({discarded / tokens:.2%}), with "
+        f"{sum(found.discarded_documents for found in parts.values()):,} of "
+        f"{sum(len(some.lengths) for some in documents):,} documents that are shorter than data.decompose.shortest "
         f"{config.data.decompose.shortest}"
     )
     report(
@@ -69,6 +77,25 @@ def describe_schedule(config: RunConfig, report: Callable[[str], None], plot: Pa
     if plot is not None:
         plot_schedule(lengths, {length: (text[length], taken[length]) for length in text}, plot)
         report(f"plot: {plot}")
+
+
+def _report_parts(
+    taken: Mapping[str, Taken], parts: Mapping[str, Sequence[Part]], report: Callable[[str], None]
+) -> None:
+    """A table of the parts of a blend; `parts` are of each length."""
+    if not taken:
+        return
+    width = max(map(len, ("part", *taken)))
+    whole = sum(part.tokens for part in taken.values())
+    report(
+        f"{'part':>{width}}{'rows':>13}{'tokens':>17}{'rows taken':>13}{'tokens taken':>17}{'of run':>9}{'epochs':>9}"
+    )
+    for name, part in taken.items():
+        rows, tokens = sum(len(some.rows) for some in parts[name]), sum(some.tokens for some in parts[name])
+        report(
+            f"{name:>{width}}{rows:>13,}{tokens:>17,}{part.rows:>13,}{part.tokens:>17,}{part.tokens / whole:>9.1%}"
+            f"{part.epochs:>9.2f}"
+        )
 
 
 def _by_parts(lengths: NDArray[np.int64]) -> str:

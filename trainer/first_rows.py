@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from farspan.data.corpus import Corpus
 from farspan.data.errors import DataError
 from farspan.data.growing_window import GrowingSteps
 from farspan.data.prepared import Prepared, load_prepared
@@ -10,15 +9,14 @@ from farspan.data.rows import Row
 from farspan.data.steps import Steps
 from farspan.trainer.arrangement import row_without_text
 from farspan.trainer.config import RunConfig
-from farspan.trainer.decomposed import curriculum_steps, decompose_corpus
+from farspan.trainer.decomposed import curriculum_steps, decompose_parts
 from farspan.trainer.packing import packed_steps
 
 
 def training_steps(config: RunConfig, prepared: Prepared) -> Steps:
     """The training rows of every step, over all ranks."""
     if config.data.method == "decompose":
-        corpus = Corpus(prepared, "train")
-        return curriculum_steps(config, corpus, decompose_corpus(config, corpus))
+        return curriculum_steps(config, prepared, decompose_parts(config, prepared))
     return packed_steps(config, prepared)
 
 

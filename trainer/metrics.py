@@ -31,6 +31,7 @@ TENSORBOARD_TAGS = {
 TENSORBOARD_FOLDERS = {
     "sparse_": "sparse/",
     "blend_rows_": "data/rows_of_",
+    "blend_tokens_": "data/tokens_of_",
     "blend_epochs_": "data/epochs_of_",
     "loss_length_": "loss_by_length/",
     "loss_position_": "loss_by_position/",

@@ -10,6 +10,7 @@ from farspan.data.packed import PackedRows
 from farspan.data.prepared import Prepared
 from farspan.data.rows import RowSource
 from farspan.data.steps import Epochs, FixedSteps, SampleStream, Steps
+from farspan.trainer.blended import parts_of, taken_of_parts
 from farspan.trainer.config import RunConfig
 from farspan.trainer.data_config import BlendSection
 from farspan.trainer.documents import heldout_documents, training_documents
@@ -33,34 +34,24 @@ def heldout_rows(config: RunConfig, prepared: Prepared) -> RowSource:
     return ConcatRows(documents, config.train.sequence_length, config.run.seed)
 
 
-def blend_of(steps: Steps) -> Blend | None:
-    """That which steps take their samples from, if it is one."""
-    stream = _stream_of(steps)
-    return stream if isinstance(stream, Blend) else None
-
-
 def describe_rows(config: RunConfig, steps: Steps) -> list[str]:
     """How documents are packed, and how often a run goes through each part of a blend; nothing of plain
-    concat-and-chunk, or of rows of several lengths."""
-    stream, train = _stream_of(steps), config.train
-    if isinstance(stream, Blend):
-        epochs = stream.epochs(train.steps * train.rows_per_step)
-        lines = [
-            f"{name}: {len(rows):,} rows, {epochs[name]:.2f} epochs in all, {_in_words(rows)}"
-            for name, rows in stream.rows.items()
-        ]
-    else:
-        lines = [_in_words(stream.rows)] if isinstance(stream, Epochs) and isinstance(stream.rows, PackedRows) else []
+    concat-and-chunk, or of rows of several lengths that are not blended."""
+    taken = taken_of_parts(steps, config.train.steps)
+    tokens = sum(part.tokens for part in taken.values())
+    lines = [
+        f"{name}: {sum(len(part.rows) for part in parts):,} rows, {taken[name].epochs:.2f} epochs in all, "
+        f"{taken[name].tokens / tokens:.1%} of the tokens, {_in_words(parts[0].rows)}"
+        for name, parts in parts_of(steps).items()
+    ]
+    fixed = steps.steps if isinstance(steps, GrowingSteps) else steps
+    if isinstance(fixed, FixedSteps) and isinstance(fixed.stream, Epochs) and isinstance(fixed.stream.rows, PackedRows):
+        lines = [_in_words(fixed.stream.rows)]
     return [f"data.method {config.data.method}: {line}" for line in lines]
 
 
 def _in_words(rows: RowSource) -> str:
     return rows.composition.in_words if isinstance(rows, PackedRows) else "without padding"
-
-
-def _stream_of(steps: Steps) -> SampleStream | None:
-    fixed = steps.steps if isinstance(steps, GrowingSteps) else steps
-    return fixed.stream if isinstance(fixed, FixedSteps) else None
 
 
 def _stream(config: RunConfig, prepared: Prepared) -> SampleStream:

@@ -28,7 +28,6 @@ from farspan.trainer.checkpoint.weights import begin_with
 from farspan.trainer.config import ConfigError, RunConfig, dump_config
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
-from farspan.trainer.packing import blend_of
 from farspan.trainer.preflight import Preflight, check
 from farspan.trainer.process_group import start_process_group
 from farspan.trainer.row_length import narrower_contexts
@@ -86,8 +85,8 @@ def train_on(
     recording = Recording(directory, found.step if found else 0, report) if leads else None
     if feed.sparse is not None:
         callbacks.append(Sparseness(feed.sparse, recording))
-    if (blend := blend_of(feed.steps)) is not None:
-        callbacks.append(Mixture(blend, config.train.rows_per_step))
+    if config.data.blend is not None:
+        callbacks.append(Mixture(feed.steps))
     if recording is not None:
         callbacks.append(recording)
     callbacks.append(Saving(state, config.checkpoint.every, report))

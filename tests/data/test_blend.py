@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farspan.data.blend import Blend, Part, Stage
+from farspan.data.blend import Blend, Part, Stage, Taken
 from farspan.data.errors import DataError
 from farspan.data.rows import Row, blank_row
 
@@ -78,7 +78,7 @@ def test_a_part_takes_each_of_its_rows_once_an_epoch() -> None:
         blend.row(sample)
     asked = {name: each.rows.asked for name, each in parts.items() if isinstance(each.rows, Numbers)}
     assert blend.counts(84) == {name: len(rows) for name, rows in asked.items()} == {"a": 21, "b": 63}
-    assert blend.epochs(84) == {"a": 3, "b": 2.1}
+    assert blend.taken(84) == {"a": Taken(21, 21 * LENGTH, 3), "b": Taken(63, 63 * LENGTH, 2.1)}
     epochs = [tuple(asked["a"][first : first + 7]) for first in range(0, 21, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(epochs)) > 1
@@ -112,7 +112,7 @@ def test_a_blend_ends_where_all_have_had_their_epochs() -> None:
     assert blend.samples == 25
     blend.check(25)
     assert blend.counts(25) == {"a": 20, "b": 5}
-    with pytest.raises(DataError, match=r"data.blend has 25 rows, and train.steps take 26: raise epochs"):
+    with pytest.raises(DataError, match=r"data.blend has 25 rows of 8 tokens, and train.steps take 26: raise epochs"):
         blend.check(26)
     with pytest.raises(DataError, match="has 25 rows"):
         blend.row(25)

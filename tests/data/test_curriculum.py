@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from farspan.data.curriculum import ODDS, Curriculum, Schedule, average_context, average_length
+from farspan.data.quotas import Quotas
 from farspan.data.rows import Row
 from farspan.data.steps import Epochs
 
@@ -38,7 +39,7 @@ def curriculum(
 ) -> Curriculum:
     buckets = [Epochs(Numbered(length, count), seed + length) for length, count in counts.items()]
     shares = [float(length * count) for length, count in counts.items()]
-    return Curriculum(buckets, shares, ODDS[odds](len(buckets)), 128, cycle_steps, schedule, seed)
+    return Curriculum(buckets, Quotas({0: shares}, cycle_steps), ODDS[odds](len(buckets)), 128, schedule, seed)
 
 
 @pytest.mark.parametrize(("odds", "schedule"), list(product(ODDS, ("random", "sub_cycles"))))
@@ -76,11 +77,11 @@ def test_whole_steps_follow_the_shares_cycle_by_cycle() -> None:
     steps = curriculum(cycle_steps=5, counts={8: 1600, 16: 799, 32: 400, 64: 4})
     wanted = np.array([1600 * 8, 799 * 16, 400 * 32, 4 * 64]) / (1600 * 8 + 799 * 16 + 400 * 32 + 4 * 64)
     for cycle in range(1, 300):
-        before = steps.steps_before(cycle)
+        before = steps.quotas.steps_before(cycle)
         assert before.sum() == 5 * cycle
-        assert (before >= steps.steps_before(cycle - 1)).all()
+        assert (before >= steps.quotas.steps_before(cycle - 1)).all()
         assert np.abs(before - 5 * cycle * wanted).max() < 2
-    assert steps.steps_before(1)[-1] == 1
+    assert steps.quotas.steps_before(1)[-1] == 1
 
 
 @pytest.mark.parametrize("odds", ["uniform", "grow_linear", "grow_p2"])
@@ -156,8 +157,8 @@ def test_the_published_helper_for_dclm() -> None:
     tokens = [3.733, 6.287, 7.770, 6.615, 5.408, 4.732]
     published = np.array([46, 78, 97, 82, 67, 60])
     buckets = [Epochs(Numbered(2**k, 1), 0) for k in range(8, 14)]
-    steps = Curriculum(buckets, tokens, ODDS["grow_p2"](6), 2**23, 429, "random", 0)
-    shards = np.rint(steps.shares * 28_795_904_000 / 8 / 2**23).astype(int)
+    steps = Curriculum(buckets, Quotas({0: tokens}, 429), ODDS["grow_p2"](6), 2**23, "random", 0)
+    shards = np.rint(steps.quotas.shares[0] * 28_795_904_000 / 8 / 2**23).astype(int)
     assert (published - shards).tolist() == [0, 0, 0, 0, 0, 1]
-    assert np.abs(steps.steps_before(1) - shards).max() <= 1
+    assert np.abs(steps.quotas.steps_before(1) - shards).max() <= 1
     assert (published * ODDS["grow_p2"](6)).tolist() == [1472, 1248, 776, 328, 134, 60]

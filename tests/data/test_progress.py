@@ -73,7 +73,7 @@ def test_a_histogram_counts_every_document_once(monkeypatch: pytest.MonkeyPatch)
 
 def test_statistics_of_known_lengths() -> None:
     lengths = np.array([100, 257, 256, 8193, 10_000])
-    lines = [" ".join(line.split()) for line in describe_lengths(lengths, 256, 8192, False, 0)]
+    lines = [" ".join(line.split()) for line in describe_lengths(lengths, slice(None), 256, 8192, False, 0)]
     assert "50% 257 10,000" in lines
     assert "100% 10,000 10,000" in lines
     buckets = lines[lines.index("bucket sequences tokens share") + 1 :]
@@ -87,4 +87,4 @@ def test_statistics_of_known_lengths() -> None:
         "8,192 2 16,384 87.1%",
     ]
     assert buckets[-1].endswith("(with 2 documents of less than 257 tokens)")
-    assert list(describe_lengths(lengths[:0], 256, 8192, False, 0)) == ["no documents"]
+    assert list(describe_lengths(lengths[:0], slice(None), 256, 8192, False, 0)) == ["no documents"]

@@ -90,3 +90,30 @@ def test_with_tensor_ranks_and_a_hierarchy(
     ]
     for rows in pool.run(4, train_runs, configs)[0]:
         check_against(alone, rows)
+
+
+def test_a_blend_is_counted_and_does_not_depend_on_the_ranks(pool: Pool, tmp_path: Path, prepared: Path) -> None:
+    data = {
+        "sources": ["unused"],
+        "directory": str(prepared),
+        "method": "decompose",
+        "decompose": {"shortest": 64},
+        "blend": {
+            "parts": {
+                "long": {"source": "text", "min_tokens": 5000, "weight": 0.25},
+                "short": {"source": "text", "max_tokens": 4999, "weight": 0.75},
+            }
+        },
+    }
+    curriculum = {"odds": "grow_p2", "cycles": 2}
+    changes: dict[str, Any] = {"data": data, "curriculum": curriculum}
+    alone = pool.run(1, train_runs, [make_config(tmp_path / "alone", prepared, **changes)])[0][0]
+    changes["parallel"] = {"context": 2, "tokens_per_rank": 2048}
+    shared = pool.run(2, train_runs, [make_config(tmp_path / "shared", prepared, **changes)])[0][0]
+    check_against(alone, shared)
+    for rows in (alone, shared):
+        for row in rows:
+            assert row["blend_tokens_long"] + row["blend_tokens_short"] == row["tokens"]
+        # Steps are whole for each of seven lengths.
+        assert rows[-1]["blend_tokens_long"] == pytest.approx(0.25 * 8192 * STEPS, abs=7 / 2 * 8192)
+        assert rows[-1]["blend_rows_long"] > 0 < rows[-1]["blend_epochs_long"]

@@ -58,7 +58,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
             tokens += int(length)
         builder.finalize(str(directory / f"{split}.idx"))
     assert tokens < 2**16
-    return Prepared(directory, directory / "tokenizer.model", "", 60000, 1, {}, {}, "")
+    sources = {"text": {"train": range(300), "heldout": range(20)}}
+    return Prepared(directory, directory / "tokenizer.model", "", 60000, 1, {}, {}, "", sources)
 
 
 def test_degrees_follow_the_length() -> None:
@@ -151,6 +152,26 @@ def test_global_batches_after_a_resume_do_not_depend_on_ranks_or_workers(
     config = config_of(data=data, parallel={"context": 4 if held == 64 else 2, "tokens_per_rank": held})
     feeds = feeds_of(prepared, config, ranks)
     assert [digest_of_step(feeds, step) for step in range(20, 70)] == digests[20:]
+    for feed in feeds:
+        feed.close()
+
+
+BLEND = {
+    "parts": {"long": {"source": "text", "min_tokens": 200}, "short": {"source": "text", "max_tokens": 199}},
+    "stages": [{"steps": 40, "weights": {"long": 1, "short": 1}}, {"weights": {"long": 3, "short": 1}}],
+}
+
+
+@pytest.mark.parametrize(("ranks", "held", "workers"), [(2, 128, 0), (4, 64, 2)])
+def test_blended_batches_do_not_depend_on_ranks_or_workers(
+    prepared: Prepared, ranks: int, held: int, workers: int
+) -> None:
+    data = {**SECTIONS["data"], "blend": BLEND}
+    alone = feeds_of(prepared, config_of(data=data), 1)
+    config = config_of(data={**data, "workers": workers}, parallel={"context": ranks, "tokens_per_rank": held})
+    feeds = feeds_of(prepared, config, ranks)
+    for step in range(30, 60):  # one stage ends at step 40
+        assert digest_of_step(feeds, step) == digest_of_step(alone, step)
     for feed in feeds:
         feed.close()
 

@@ -16,6 +16,7 @@ from farspan.data.prepare import prepare
 from farspan.data.prepared import Prepared
 from farspan.data.sources import Source
 from farspan.data.text import standard_library
+from farspan.trainer.blended import parts_of, taken_of_parts
 from farspan.trainer.callbacks.mixture import Mixture
 from farspan.trainer.checkpoint.state import RunState
 from farspan.trainer.checkpoint.store import CheckpointStore
@@ -23,7 +24,7 @@ from farspan.trainer.compare import compare
 from farspan.trainer.config import RunConfig
 from farspan.trainer.documents import training_documents
 from farspan.trainer.first_rows import whole_rows
-from farspan.trainer.packing import blend_of, describe_rows, heldout_rows, packed_steps
+from farspan.trainer.packing import describe_rows, heldout_rows, packed_steps
 from farspan.trainer.trainer import StepRecord
 
 LENGTH = 512
@@ -119,36 +120,34 @@ def test_a_blend_takes_shares_of_sources_and_of_their_long_documents(prepared: P
     assert documents["notes"].lengths.sum() + lengths[code.start : code.stop].sum() == lengths.sum()
 
     steps = packed_steps(config, prepared)
-    blend = blend_of(steps)
-    assert blend is not None
-    counts = blend.counts(4000)
+    taken = taken_of_parts(steps, 1000)
     # Rows of notes are nearly as full as others.
-    assert counts["notes"] == pytest.approx(2000, rel=0.1)
-    assert counts["long"] == pytest.approx(counts["short"], rel=0.1)
+    assert taken["notes"].rows == pytest.approx(2000, rel=0.1)
+    assert taken["long"].rows == pytest.approx(taken["short"].rows, rel=0.1)
+    tokens = sum(part.tokens for part in taken.values())
+    assert taken["notes"].tokens / tokens == pytest.approx(0.5, abs=0.001)
     lines = describe_rows(config, steps)
     assert [line.split(": ")[1] for line in lines] == ["notes", "long", "short"]
 
     record = StepRecord(5, 0, 0, 0, 0, 0, 0, LENGTH, 1)
-    Mixture(blend, 4).after_step(None, record)  # type: ignore[arg-type]
+    Mixture(steps).after_step(None, record)  # type: ignore[arg-type]
     assert sum(value for name, value in record.further.items() if name.startswith("blend_rows_")) == 20
-    assert record.further["blend_epochs_long"] == blend.epochs(20)["long"]
+    assert record.further["blend_epochs_long"] == taken_of_parts(steps, 5)["long"].epochs
 
 
 def test_without_weights_parts_share_by_their_tokens_and_epochs(prepared: Prepared) -> None:
     config = blended(prepared, {"notes": {"epochs": 3}, "code": {}})
-    blend = blend_of(packed_steps(config, prepared))
-    assert blend is not None
-    rows = {name: len(rows) for name, rows in blend.rows.items()}
-    counts = blend.counts(3 * rows["notes"] + rows["code"])
-    assert counts["notes"] == pytest.approx(3 * rows["notes"], abs=1)
+    steps = packed_steps(config, prepared)
+    rows = {name: len(part.rows) for name, (part,) in parts_of(steps).items()}
+    taken = taken_of_parts(steps, (3 * rows["notes"] + rows["code"]) // 4)
+    assert taken["notes"].rows == pytest.approx(3 * rows["notes"], abs=4)
 
 
 def test_stages_change_weights_by_steps(prepared: Prepared) -> None:
     stages = [{"steps": 4, "weights": {"notes": 1}}, {"weights": {"code": 3, "notes": 1}}]
-    blend = blend_of(packed_steps(blended(prepared, {"notes": {}, "code": {}}, stages), prepared))
-    assert blend is not None
-    assert blend.counts(16) == {"notes": 16, "code": 0}
-    assert blend.counts(40) == {"notes": 22, "code": 18}
+    steps = packed_steps(blended(prepared, {"notes": {}, "code": {}}, stages), prepared)
+    rows = [{name: part.rows for name, part in taken_of_parts(steps, done).items()} for done in (4, 10)]
+    assert rows == [{"notes": 16, "code": 0}, {"notes": 22, "code": 18}]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_stages_change_weights_by_steps(prepared: Prepared) -> None:
             "parts.a.source is 'b', .* set data.blend.parts.a.source to one of notes",
         ),
         ({"notes": {"min_tokens": 10**6}}, [], "data.blend.parts.notes has no document of 1,000,000 to"),
-        ({"notes": {"epochs": 0.1}}, [], "data.blend has .* rows, and train.steps take 40"),
+        ({"notes": {"epochs": 0.1}}, [], "data.blend has .* rows of 512 tokens, and train.steps take 40"),
         ({"notes": {}, "code": {}}, [{"steps": 3, "weights": {"notes": 1}}], "data.blend has 12 rows"),
         (
             {"notes": {}, "code": {}},
@@ -190,7 +189,6 @@ def test_blends_that_the_text_does_not_do_for(prepared: Prepared, parts: Any, st
             {"blend": {"parts": {"a": {"weight": 1}}, "stages": [{"weights": {"a": 1}}]}},
             "data.blend.parts.a.weight does nothing beside data.blend.stages",
         ),
-        ({"blend": {"parts": {"a": {}}}, "method": "decompose"}, "data.blend is for rows of one length"),
         ({"growing_window": {"start": LENGTH, "steps": 5}}, "data.growing_window.start 512 is not less than"),
         ({"growing_window": {"steps": 5}, "method": "decompose"}, "does not go with data.method decompose"),
     ],

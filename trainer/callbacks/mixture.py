@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from farspan.data.blend import Blend
+from farspan.data.steps import Steps
+from farspan.trainer.blended import taken_of_parts
 from farspan.trainer.trainer import StepRecord, Trainer
 
 
 class Mixture:
-    """Adds to a step's record the rows that each part has given so far, and how often it was gone through; comes before
-    `Recording`. Both are formulas of the step, so that nothing is counted and a resumed run goes on with them."""
+    """Adds to a step's record the rows and tokens that each part has given so far, and how often it was gone through;
+    comes before `Recording`. All are formulas of the step: nothing is counted, and a resumed run goes on with them."""
 
-    def __init__(self, blend: Blend, rows_per_step: int) -> None:
-        self.blend, self.rows_per_step = blend, rows_per_step
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        samples = record.step * self.rows_per_step
-        record.further |= {f"blend_rows_{name}": count for name, count in self.blend.counts(samples).items()}
-        record.further |= {f"blend_epochs_{name}": share for name, share in self.blend.epochs(samples).items()}
+        for name, taken in taken_of_parts(self.steps, record.step).items():
+            record.further |= {
+                f"blend_rows_{name}": taken.rows,
+                f"blend_tokens_{name}": taken.tokens,
+                f"blend_epochs_{name}": taken.epochs,
+            }

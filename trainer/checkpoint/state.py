@@ -100,7 +100,7 @@ def _samples_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
             "curriculum.odds": list(odds_of(config).values()),
             "curriculum.mixture": config.curriculum.mixture,
             "curriculum.schedule": config.curriculum.schedule,
-            "train.steps / curriculum.cycles": train.steps // config.curriculum.cycles,
+            "train.steps / curriculum.cycles": config.cycle_steps,
         }
     return found
 
