@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -92,6 +94,14 @@ class ChatTemplate:
             raise DataError(
                 f"chat_template {self.name} of data.sources refuses a conversation of {', '.join(roles)}: {error}."
             ) from error
+        except Exception as error:  # what the template's own expressions raise
+            line = [
+                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"
+            ]
+            raise DataError(
+                f"chat_template {self.name} of data.sources fails in line {line[-1] if line else 1} on a conversation "
+                f"of {', '.join(roles)} ({type(error).__name__}: {error}): mend the template, or set it to chatml."
+            ) from error
 
     @staticmethod
     def _refuse(message: str) -> None:
@@ -125,4 +135,14 @@ def _read(name: str) -> tuple[str, dict[str, str]]:
     if not isinstance(template, str):
         raise DataError(f"chat_template {name} of data.sources holds several templates: save one as a .jinja file.")
     pieces = {key: settings[key] for key in ("bos_token", "eos_token") if settings.get(key)}
-    return template, {key: piece if isinstance(piece, str) else piece["content"] for key, piece in pieces.items()}
+    return template, {key: _special(name, key, piece) for key, piece in pieces.items()}
+
+
+def _special(name: str, key: str, piece: Any) -> str:
+    """The text of a special token, which is written as such or as an object."""
+    text = piece.get("content") if isinstance(piece, dict) else piece
+    if not isinstance(text, str):
+        raise DataError(
+            f"chat_template {name} of data.sources has an entry {key} that is no text and has no content that is."
+        )
+    return text

@@ -3,7 +3,7 @@
 import numpy as np
 
 from farspan.data.documents import Documents
-from farspan.data.errors import DataError
+from farspan.data.errors import TooLittleTextError
 from farspan.data.rows import IGNORED, Row
 from farspan.data.sampling import shuffled
 
@@ -12,7 +12,7 @@ class ConcatRows:
     """The documents of a corpus in an order fixed by the seed, as one stream of tokens cut every `length` tokens.
 
     The incomplete row at the end is dropped. Nothing of the stream's size is held: a row is found by bisection over
-    the documents' ends. Raises DataError when the corpus does not fill one row.
+    the documents' ends. Raises TooLittleTextError when the corpus does not fill one row.
     """
 
     def __init__(self, corpus: Documents, length: int, seed: int) -> None:
@@ -23,7 +23,7 @@ class ConcatRows:
         tokens = int(corpus.lengths.sum())
         self._rows = tokens // length
         if self._rows == 0:
-            raise DataError(
+            raise TooLittleTextError(
                 f"train.sequence_length is {length}, but the {corpus.split} split has only {tokens} tokens: lower "
                 "train.sequence_length, or prepare more text in data.sources."
             )

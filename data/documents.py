@@ -32,6 +32,17 @@ class Documents(Protocol):
         """Which of a document's tokens carry loss; None where all do."""
 
 
+def answered_within(documents: Documents, length: int) -> NDArray[np.bool_]:
+    """Boolean [documents]: those of whose first `length` tokens one has a label; of plain text all."""
+    found = np.ones(len(documents.lengths), np.bool_)
+    for document in np.flatnonzero(documents.told & (documents.lengths > length)).tolist():
+        answers = documents.answers(document)
+        assert answers is not None
+        begins, ends = answers.spans.T
+        found[document] = bool(np.any((begins <= length) & (ends > 1)))  # the last label is the token behind them
+    return found
+
+
 class Selection:
     """Some of the documents, numbered anew in the order of `chosen` (int64 [documents])."""
 

@@ -6,3 +6,7 @@ class DataError(ValueError):
 
     The `farspan` command prints the message as one line and exits with 2.
     """
+
+
+class TooLittleTextError(DataError):
+    """There is not one row of text, or no text at all yet; all else could be right."""

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from farspan.data.best_fit import best_fit_layout
 from farspan.data.concatenated import ConcatRows
-from farspan.data.documents import Documents
+from farspan.data.documents import Documents, Selection, answered_within
+from farspan.data.errors import DataError
 from farspan.data.layout import Layout, Overlong, concatenated, padded
 from farspan.data.packed import PackedRows
 from farspan.data.rows import RowSource
@@ -37,10 +38,24 @@ class Method:
         return padded(lengths, self.length, self.overlong)
 
     def rows(self, documents: Documents) -> tuple[RowSource, int]:
-        """Rows of these documents, and the tokens of text in them. DataError when there is none."""
+        """Rows of these documents, and the tokens of text in them. DataError when there is none.
+
+        Conversations that are truncated before their first answer are left out: nothing of them has a label.
+        """
         if self.name == "concat":
             # Without a layout, which would be as large as the text has documents and rows.
             rows = ConcatRows(documents, self.length, self.seed)
             return rows, len(rows) * self.length
+        unanswered = 0
+        if self.overlong == "truncate":
+            answered = answered_within(documents, self.length)
+            unanswered = int(np.count_nonzero(~answered))
+            if unanswered == len(answered):
+                raise DataError(
+                    f"none of {unanswered:,} conversations has an answer in its first {self.length:,} tokens, which "
+                    "data.overlong truncate keeps: raise train.sequence_length."
+                )
+            if unanswered:
+                documents = Selection(documents, np.flatnonzero(answered))
         layout = self.layout(documents.lengths)
-        return PackedRows(documents, layout), int(layout.pieces.sizes.sum())
+        return PackedRows(documents, layout, unanswered), int(layout.pieces.sizes.sum())

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from farspan.data.composition import Composition, measure
+from farspan.data.composition import measure
 from farspan.data.documents import Documents
 from farspan.data.layout import Layout
 from farspan.data.rows import IGNORED, Row
 
 
 class PackedRows:
-    """The rows of a layout. Padding is a document of its own behind the others, without labels."""
+    """The rows of a layout. Padding is a document of its own behind the others, without labels.
 
-    def __init__(self, documents: Documents, layout: Layout) -> None:
-        self.length = layout.length
+    unanswered: conversations that are not among the documents, since no answer of theirs would be in a row.
+    """
+
+    def __init__(self, documents: Documents, layout: Layout, unanswered: int = 0) -> None:
+        self.length, self._unanswered = layout.length, unanswered
         self._documents, self._layout = documents, layout
 
     @property
-    def composition(self) -> Composition:
-        return measure(self._layout, self._documents.lengths)
+    def in_words(self) -> str:
+        words = measure(self._layout, self._documents.lengths).in_words
+        if not self._unanswered:
+            return words
+        return f"{words}; {self._unanswered:,} conversations are left out, whose answers begin behind a row's end"
 
     def __len__(self) -> int:
         return len(self._layout)

@@ -22,6 +22,7 @@ from farspan.data.progress import Progress
 from farspan.data.publish import begin, digest, partial_folder, present, publish
 from farspan.data.report import describe, write_report
 from farspan.data.sources import MAX_RECORD_BYTES, Source, hash_files, list_sources
+from farspan.data.texts import EMPTY
 from farspan.data.tokenizer import train_tokenizer
 from farspan.data.tokenizers import AnyTokenizer, open_tokenizer
 from farspan.data.unfinished import Unfinished
@@ -113,6 +114,7 @@ def _fill(partial: Path, job: Job, inputs: dict[str, object]) -> None:
         unfinished.commit()
         tokenizer = _tokenizer(partial / job.tokenizer_name, job, heldout)
         _encode(unfinished, job, partial / job.tokenizer_name, tokenizer, heldout)
+        _check_splits(unfinished)
         _describe(unfinished, job, inputs, tokenizer)
     finally:
         unfinished.close()
@@ -144,6 +146,18 @@ def _encode(unfinished: Unfinished, job: Job, path: Path, tokenizer: AnyTokenize
     if progress is not None:
         progress.end()
     unfinished.finish(len(sources))
+
+
+def _check_splits(unfinished: Unfinished) -> None:
+    """A document of which a later piece cannot be read was there when they were drawn."""
+    dropped = sum(count for counts in unfinished.dropped for reason, count in counts.items() if reason != EMPTY)
+    for split in SPLITS:
+        if not len(unfinished.documents(split)):
+            raise DataError(
+                f"data.sources leaves no document for the {split} split, since {dropped:,} could not be read, which "
+                "data.drop_invalid leaves out: mend these, add documents to data.sources, or change "
+                "data.heldout_fraction."
+            )
 
 
 def _describe(unfinished: Unfinished, job: Job, inputs: dict[str, object], tokenizer: AnyTokenizer) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from farspan.data.errors import DataError
+from farspan.data.errors import DataError, TooLittleTextError
 from farspan.data.tokenizer import EOD
 from farspan.data.tokenizers import AnyTokenizer, open_tokenizer
 
@@ -100,7 +100,9 @@ def read_description(directory: Path) -> dict[str, Any]:
     """The content of `dataset.json`, which is written last: without it there is no preparation."""
     path = directory / DESCRIPTION
     if not path.is_file():
-        raise DataError(f"There is no prepared data in {directory} (data.directory): run `farspan prepare CONFIG`.")
+        raise TooLittleTextError(
+            f"There is no prepared data in {directory} (data.directory): run `farspan prepare CONFIG`."
+        )
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from farspan.data.errors import DataError
+from farspan.data.errors import TooLittleTextError
 from farspan.data.growing_window import GrowingSteps
 from farspan.data.prepared import Prepared, load_prepared
 from farspan.data.rows import Row
@@ -27,14 +27,18 @@ def whole_rows(steps: Steps, count: int) -> list[Row]:
 
 
 def first_rows(config: RunConfig) -> tuple[list[Row], str]:
-    """Those of the first micro-batch, and what they are; rows with one document each where there is no text yet."""
+    """Those of the first micro-batch, and what they are; rows with one document each where there is no text for any.
+
+    DataError where there is, and it is damaged or does not do for the configuration.
+    """
     length, across = config.train.sequence_length, config.attention.across_documents
     if config.data.method == "decompose":
         return [row_without_text(config)], f"rows of one document, {length:,} tokens, as all of data.method decompose"
     try:
         steps = training_steps(config, load_prepared(config.data.directory))
-    except DataError as error:
-        return [row_without_text(config)], f"rows of one document, {length:,} tokens, since there is no text. {error}"
+    except TooLittleTextError as error:
+        words = f"rows of one document, {length:,} tokens, since there is no text for them. {error}"
+        return [row_without_text(config)], words
     taken = whole_rows(steps, config.train.micro_batch_rows)
     documents = sum(len(row.cu_seqlens) - 1 for row in taken)
     seen = "seen across documents" if across else "each seen by itself"

@@ -23,7 +23,8 @@ UNIT = 2.0**-28
 class LossProfile:
     """Sums of token losses of some micro-batches, by log2 of the length of a token's document and of its place in it.
 
-    A document is what its row holds of it, which is all that its tokens can see; the position of a token is the number
+    A document is what its row holds of it, which is all that its tokens can see, unless `attention.across_documents`
+    lets them see those before it in the row as well; the position of a token is the number
     of tokens from the document's beginning up to it, itself included. Sums are whole multiples of 2^-28: how tokens are
     shared out over ranks and in which order they are added changes no bit of them.
     """

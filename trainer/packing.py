@@ -51,7 +51,7 @@ def describe_rows(config: RunConfig, steps: Steps) -> list[str]:
 
 
 def _in_words(rows: RowSource) -> str:
-    return rows.composition.in_words if isinstance(rows, PackedRows) else "without padding"
+    return rows.in_words if isinstance(rows, PackedRows) else "without padding"
 
 
 def _stream(config: RunConfig, prepared: Prepared) -> SampleStream:

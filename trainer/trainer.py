@@ -27,7 +27,10 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class StepRecord:
-    """What is known of a step when it is over; the names are those of `metrics.jsonl`. Steps count from 1."""
+    """What is known of a step when it is over; the names are those of `metrics.jsonl`. Steps count from 1.
+
+    `tokens` are those with a label so far, which the loss is of; `tokens_per_second` counts all that were processed.
+    """
 
     step: int
     loss: float
@@ -126,7 +129,7 @@ class Trainer:
             grad_norm=norm,
             learning_rate=rate,
             step_seconds=seconds,
-            tokens_per_second=law.valid_tokens / seconds,
+            tokens_per_second=train.tokens_per_step / seconds,
             sequence_length=sharing.length,
             context=sharing.mesh.degrees.context,
             further={} if profile is None else profile.means(),
@@ -144,7 +147,7 @@ class Trainer:
         law = LossLaw.of_step(sum(batch.valid for batch in batches), self.mesh.loss, self.mesh.device)
         if law.valid_tokens == 0:
             raise NonFiniteError(
-                f"no token after step {self.step} has a label, so that there is no loss: of conversations, "
-                "data.overlong truncate may have cut the answers off; set it to drop"
+                f"no token after step {self.step} has a label, so that there is no loss: the documents of its rows "
+                "have one token each; leave such documents out of data.sources"
             )
         return law

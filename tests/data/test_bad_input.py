@@ -76,7 +76,7 @@ def test_a_file_without_text_is_refused(tmp_path: Path, prepared: Prepared, cont
 def test_a_long_text_that_turns_out_bad_is_dropped_as_a_whole(tmp_path: Path, prepared: Prepared) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
-    for name in ("a", "c"):
+    for name in "aceg":
         (folder / f"{name}.txt").write_text(f"this is {name}. " * 100_000)
     (folder / "b.txt").write_bytes(b"this is b. " * 100_000 + b"caf\xe9 " + b"and on. " * 100_000)
     (folder / "d.txt").write_bytes(b"this is d. " * 100_000 + b"\xff" + b"and on. " * 100_000 + b"\xff")
@@ -87,8 +87,24 @@ def test_a_long_text_that_turns_out_bad_is_dropped_as_a_whole(tmp_path: Path, pr
         corpus = Corpus(made, split)  # type: ignore[arg-type] # one of the two
         assert corpus.lengths.sum() == made.tokens[split]
         found += [tokenizer.decode(corpus.read(n, 0, int(length))) for n, length in enumerate(corpus.lengths)]
-    assert sorted(found) == [f"this is {name}. " * 100_000 for name in ("a", "c")]
+    assert sorted(found) == [f"this is {name}. " * 100_000 for name in "aceg"]
     assert read_report(made.directory)[-1] == "dropped of texts: 2 not UTF-8 text"
+
+
+@pytest.mark.parametrize("bad", ["train", "heldout"])
+def test_a_split_that_loses_all_its_documents_is_refused(tmp_path: Path, prepared: Prepared, bad: str) -> None:
+    """What cannot be read is behind the first piece, when the document has been drawn already."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    broken = b"this one ends badly. " * 40_000 + b"\xff"
+    whole = b"this one is good. " * (1_000 if bad == "train" else 80_000)
+    for name, content in (("bad", broken), ("good", whole)):
+        (folder / f"{name}.txt").write_bytes(content)
+    words = rf"data\.sources leaves no document for the {bad} split, since 1 could not be read.*data\.drop_invalid"
+    _refused(folder, tmp_path, prepared, words, drop_invalid=True, heldout_fraction=1e-9)
+    (folder / "bad.txt").write_bytes(broken[:-1])
+    made = _prepare(folder, tmp_path / "out", prepared, drop_invalid=True)
+    assert sum(made.documents.values()) == 2
 
 
 def test_a_text_without_a_space_is_refused_above_the_limit(tmp_path: Path, prepared: Prepared) -> None:

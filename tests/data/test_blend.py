@@ -122,6 +122,15 @@ def test_a_blend_ends_where_all_have_had_their_epochs() -> None:
     assert short.samples == 10  # the second stage does not come early
 
 
+def test_epochs_that_are_less_than_one_row_are_refused() -> None:
+    parts = {"a": part(9, epochs=0.1), "b": part(100)}
+    with pytest.raises(
+        DataError, match=r"data.blend.parts.a.epochs 0.1 of 9 rows of 8 tokens is less than one row: ra"
+    ):
+        Blend(parts, [Stage(None, {"a": 1, "b": 1})], 0)
+    Blend({"a": part(10, epochs=0.1)}, [Stage(None, {"a": 1})], 0)
+
+
 @pytest.mark.parametrize("weights", [{"a": 0.0}, {"c": 1.0}])
 def test_a_stage_needs_a_part_with_a_weight(weights: dict[str, float]) -> None:
     with pytest.raises(DataError, match=r"data.blend has weights .*: give some of a, b a weight above 0"):

@@ -133,6 +133,11 @@ def test_a_template_comes_from_a_file(tmp_path: Path) -> None:
         ("{% if %}", "is no Jinja template"),
         ("{{ messages | length }}", "changes earlier text when a message follows"),
         ("{{ raise_exception('no systems here') }}", "refuses a conversation of user: no systems here"),
+        (
+            "{{ messages[0].role }}\n{{ 'turn ' + messages | length }}",
+            r"chat\.jinja of data.sources fails in line 2 on a conversation of user \(TypeError: .*\): mend the",
+        ),
+        ("{{ '%(name)s' | format(role='a') }}", r"fails in line 1 on a conversation of user \(KeyError: 'name'\)"),
     ],
 )
 def test_templates_that_do_not_do_are_refused(tmp_path: Path, text: str, reason: str) -> None:
@@ -140,6 +145,16 @@ def test_templates_that_do_not_do_are_refused(tmp_path: Path, text: str, reason:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     with pytest.raises(DataError, match=reason):
         encoded({"messages": turns}, str(tmp_path / "chat.jinja"))
+
+
+@pytest.mark.parametrize("token", [{"id": 3}, 3])
+def test_a_special_token_without_text_is_named(tmp_path: Path, token: Any) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": "{{ eos_token }}", "eos_token": token}))
+    with pytest.raises(
+        DataError, match=r"tokenizer_config\.json of data.sources has an entry eos_token that is no text and"
+    ):
+        ChatTemplate(str(path))
 
 
 def test_an_unknown_template_is_refused() -> None:

@@ -109,6 +109,17 @@ def test_a_conversation_that_the_template_refuses_is_named(questions: Path, tmp_
         prepare_them(tmp_path / "prepared", Source(str(questions), "questions", chat_template=str(template)))
 
 
+def test_a_conversation_that_the_template_fails_on_is_named(questions: Path, tmp_path: Path) -> None:
+    template = tmp_path / "broken.jinja"
+    template.write_text("{% if messages[0].role == 'tool' %}\n{{ 1 + messages[0].content }}{% endif %}")
+    turns = [{"role": role, "content": "x"} for role in ("tool", "assistant")]
+    with questions.open("a") as file:
+        file.write(json.dumps({"messages": turns}) + "\n")
+    said = r"^questions\.jsonl:51 of questions: .*broken\.jinja .* fails in line 2 .* tool \(TypeError: "
+    with pytest.raises(DataError, match=said):
+        prepare_them(tmp_path / "prepared", Source(str(questions), "questions", chat_template=str(template)))
+
+
 def test_another_template_is_another_preparation(questions: Path, tmp_path: Path) -> None:
     prepare_them(tmp_path / "prepared", Source(str(questions), "questions", chat_template="plain"))
     with pytest.raises(DataError, match=r"\(other documents in data.sources\)"):

@@ -14,7 +14,7 @@ from support.training import small_model, train_runs
 from farspan.data.corpus import Corpus
 from farspan.data.prepared import load_prepared
 from farspan.trainer.config import ConfigError, RunConfig
-from farspan.trainer.packing import heldout_rows, packed_steps
+from farspan.trainer.packing import describe_rows, heldout_rows, packed_steps
 from farspan.trainer.preflight import check
 
 pytestmark = pytest.mark.distributed
@@ -79,6 +79,8 @@ def test_training_on_answers_does_not_depend_on_the_ranks(pool: Pool, tmp_path: 
     told = [answers for i in range(len(corpus.lengths)) if (answers := corpus.answers(i)) is not None]
     answered = sum(int((answers.spans[:, 1] - answers.spans[:, 0]).sum()) for answers in told)
     assert 0 < found["alone"][0]["tokens"] < answered
+    for row in found["star"]:  # all tokens are processed, though few have a label
+        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(2 * LENGTH)
     for name in ("star", "ring"):
         assert len(found[name]) == 4
         for one, other in zip(found["alone"], found[name], strict=True):
@@ -106,6 +108,41 @@ def test_conversations_are_never_cut(tmp_path: Path, prepared: Path, data: dict[
         changes["train"] = {"sequence_length": 256, "tokens_per_step": 1024}
     with pytest.raises(ConfigError, match=said):
         check(config_of(tmp_path, prepared, **changes), 1)
+
+
+TRUNCATED: dict[str, Any] = {
+    "data": {"overlong": "truncate"},
+    "attention": {"star": None},
+    "parallel": {"plan": "ring", "order": "zigzag"},
+}
+
+
+def test_conversations_that_are_truncated_before_their_answers_are_left_out(tmp_path: Path, prepared: Path) -> None:
+    """Answers are behind the contexts, most of which are longer than a row."""
+    train = {"steps": 40, "sequence_length": 160, "tokens_per_step": 320}
+    for method in ("padded", "best_fit"):
+        changes = TRUNCATED | {"data": {"overlong": "truncate", "method": method}}
+        config, opened = config_of(tmp_path, prepared, **changes, train=train), load_prepared(prepared)
+        steps, heldout = packed_steps(config, opened), heldout_rows(config, opened)
+        rows = [steps.row(sample) for step in range(40) for sample in steps.samples(step)]
+        rows += [heldout[row] for row in range(len(heldout))]
+        assert all(row.valid for row in rows)
+        corpus = Corpus(opened, "train")
+        behind = [
+            number
+            for number in range(len(corpus.lengths))
+            if (answers := corpus.answers(number)) is not None and answers.spans[0, 0] > 160
+        ]
+        (line,) = describe_rows(config, steps)
+        assert line.endswith(f"; {len(behind)} conversations are left out, whose answers begin behind a row's end")
+
+
+def test_no_conversation_that_is_answered_in_time_is_an_error(tmp_path: Path, prepared: Path) -> None:
+    train = {"sequence_length": 16, "tokens_per_step": 32}
+    with pytest.raises(
+        ConfigError, match=r"none of \d+ conversations has an answer in its first 16 tokens, .*: raise tr"
+    ):
+        check(config_of(tmp_path, prepared, **TRUNCATED, train=train), 1)
 
 
 def test_conversations_that_are_all_too_long_are_an_error(tmp_path: Path, prepared: Path) -> None:

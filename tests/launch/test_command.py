@@ -467,6 +467,15 @@ def test_doctor_speaks_of_another_gpu(capsys: pytest.CaptureFixture[str]) -> Non
     assert "a compute capability is written like sm_90, not 'h100'" in capsys.readouterr().err
 
 
+def test_damaged_text_is_not_taken_for_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path))
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "dataset.json").write_text("{")
+    assert main(["doctor", str(config), *RING, "train.tokens_per_step=8192", "--gpu", "sm_90"]) == 2
+    assert "dataset.json is damaged" in capsys.readouterr().err
+
+
 RING = ("launch.processes=2", "parallel.context=2", "model.head_dim=64", "train.sequence_length=8192")
 
 
@@ -479,7 +488,9 @@ def test_doctor_says_who_computes_each_piece(tmp_path: Path, capsys: pytest.Capt
         capsys, str(config), *RING, "train.tokens_per_step=8192", f"attention.backend={backend}", "--gpu", "sm_90"
     )
     assert "attention of fp32 with head dim 64, on sm_90:" in lines
-    assert any(line.startswith("batch rows of one document, 8,192 tokens, since there is no text. ") for line in lines)
+    assert any(
+        line.startswith("batch rows of one document, 8,192 tokens, since there is no text for them. ") for line in lines
+    )
     assert f"pieces of one layer on context rank 0, 1 of 2, with attention.backend {backend}:" in lines
     assert lines[-3:] == [
         "2 causal 4096 x 4096: forward triton, backward triton",
