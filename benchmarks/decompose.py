@@ -115,7 +115,7 @@ class HeldOut:
     """Held-out text as the rows of all lengths see it: whole rows of documents, and rows of one document by length."""
 
     def __init__(self, config: RunConfig, preflight: Preflight, mesh: Mesh) -> None:
-        self.feed = Feed(config, preflight.model, preflight.prepared, mesh)
+        self.feed = Feed(config, preflight.model, preflight.rows, mesh)
         corpus = Corpus(preflight.prepared, "heldout")
         places = decompose_corpus(config, corpus).places
         self.rows = {length: BucketRows(corpus, found, length) for length, found in places.items()}
@@ -170,7 +170,7 @@ class Watch:
 
 
 def train(config: RunConfig, preflight: Preflight, mesh: Mesh, heldout: HeldOut) -> Reading:
-    feed = Feed(config, preflight.model, preflight.prepared, mesh)
+    feed = Feed(config, preflight.model, preflight.rows, mesh)
     engine = Engine(config, mesh, build_model(config, preflight.model, mesh))
     heldout.compile(engine, feed)
     reading = Reading()

@@ -18,6 +18,7 @@ from farspan.parallel.mesh import Mesh
 from farspan.trainer.config import load_config
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
+from farspan.trainer.first_rows import RunRows
 from farspan.trainer.preflight import Preflight
 from farspan.trainer.stop import StopRequest
 from farspan.trainer.train import build_model
@@ -44,7 +45,8 @@ class Farspan:
         row = [f"train.sequence_length={length}", f"train.tokens_per_step={rows * length}", f"train.steps={count}"]
         row.append(f"train.micro_batch_rows={rows}")
         config = load_config(self.path, self.overrides + row)
-        feed = Feed(config, self.preflight.model, self.preflight.prepared, self.mesh)
+        rows_of_run = RunRows.of(config, self.preflight.prepared)
+        feed = Feed(config, self.preflight.model, rows_of_run, self.mesh)
         laps = _Laps(stopwatch)
         trainer = Trainer(config, self.mesh, self.engine, feed, [laps])
         with StopRequest() as stop:

@@ -25,6 +25,7 @@ from farspan.trainer.budgets import Budgets
 from farspan.trainer.checkpoint.weights import newest_decoder
 from farspan.trainer.config import ConfigError, RunConfig, load_run_config
 from farspan.trainer.feed import Feed
+from farspan.trainer.first_rows import RunRows
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
 from farspan.trainer.row_length import for_rows, narrower_contexts
@@ -81,7 +82,8 @@ def run(request: Request) -> None:
     mesh = Mesh.create(degrees, device, narrower=narrower_contexts(config))
     try:
         decoder = newest_decoder(request.run, config, model, mesh, say)
-        budgets = _measure(request, config, model, Feed(config, model, data, mesh), decoder, mesh, say)
+        feed = Feed(config, model, RunRows.of(config, data), mesh)
+        budgets = _measure(request, config, model, feed, decoder, mesh, say)
         if leads:
             budgets.write(request.output)
             print(f"{request.output}: for attention.sparse.budgets")

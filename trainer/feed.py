@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from farspan.data.batch import Batch
 from farspan.data.prefetch import Prefetch
-from farspan.data.prepared import Prepared
 from farspan.data.rows import IGNORED, Row, blank_row
 from farspan.data.steps import deal
 from farspan.data.visibility import Visibility
@@ -26,8 +25,7 @@ from farspan.parallel.recall import Recall
 from farspan.parallel.sieve import Sieve
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.config import KEYS_TRAVEL, RunConfig
-from farspan.trainer.first_rows import training_steps, whole_rows
-from farspan.trainer.packing import heldout_rows
+from farspan.trainer.first_rows import RunRows, whole_rows
 from farspan.trainer.plan_choice import build_plan
 from farspan.trainer.row_length import for_rows
 from farspan.trainer.sharing import Sharing
@@ -37,10 +35,9 @@ from farspan.trainer.sparse import Sight, SparseAttention
 class Feed:
     """Training and held-out batches of this rank; `close` it when done."""
 
-    def __init__(self, config: RunConfig, model: ModelConfig, prepared: Prepared, mesh: Mesh) -> None:
+    def __init__(self, config: RunConfig, model: ModelConfig, rows: RunRows, mesh: Mesh) -> None:
         self.mesh, self.config = mesh, config
-        self.steps = training_steps(config, prepared)
-        self.heldout = heldout_rows(config, prepared)
+        self.steps, self.heldout = rows.steps, rows.heldout
         self.heldout_rows = min(config.eval.rows, len(self.heldout))
         self.sharings = {length: self._sharing(length) for length in self.steps.lengths}
         self.sparse = None if config.attention.sparse is None else SparseAttention(config, mesh.tensor_rank)

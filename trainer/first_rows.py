@@ -1,16 +1,34 @@
-"""Which rows training takes, and the first of them."""
+"""Which rows a run takes, and the first of them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from farspan.data.errors import TooLittleTextError
 from farspan.data.growing_window import GrowingSteps
 from farspan.data.prepared import Prepared, load_prepared
-from farspan.data.rows import Row
+from farspan.data.rows import Row, RowSource
 from farspan.data.steps import Steps
 from farspan.trainer.arrangement import row_without_text
 from farspan.trainer.config import RunConfig
 from farspan.trainer.decomposed import curriculum_steps, decompose_parts
-from farspan.trainer.packing import packed_steps
+from farspan.trainer.packing import heldout_rows, packed_steps
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """All rows of a run. To lay them out takes seconds where there are millions of documents.
+
+    steps: those of training, over all ranks. heldout: those of evaluation.
+    """
+
+    steps: Steps
+    heldout: RowSource
+
+    @classmethod
+    def of(cls, config: RunConfig, prepared: Prepared) -> RunRows:
+        """DataError when the text does not do for the configuration."""
+        return cls(training_steps(config, prepared), heldout_rows(config, prepared))
 
 
 def training_steps(config: RunConfig, prepared: Prepared) -> Steps:

@@ -21,9 +21,8 @@ from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 from farspan.trainer.describe_backends import attention_problem
 from farspan.trainer.documents import check_documents
-from farspan.trainer.first_rows import training_steps
+from farspan.trainer.first_rows import RunRows
 from farspan.trainer.host_memory import check_host_memory
-from farspan.trainer.packing import heldout_rows
 from farspan.trainer.row_length import degrees_for_rows, for_rows
 
 
@@ -34,6 +33,7 @@ class Preflight:
     degrees: Degrees
     model: ModelConfig
     prepared: Prepared
+    rows: RunRows
 
 
 def default_processes(config: RunConfig) -> int:
@@ -58,8 +58,7 @@ def check(config: RunConfig, processes: int) -> Preflight:
     for shortage in short_splits(config, prepared):
         raise ConfigError(shortage)
     try:
-        training_steps(config, prepared)
-        heldout_rows(config, prepared)
+        rows = RunRows.of(config, prepared)
     except DataError as error:
         raise ConfigError(str(error)) from error
     longest = for_rows(config, config.train.sequence_length)
@@ -80,7 +79,7 @@ def check(config: RunConfig, processes: int) -> Preflight:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     engine_config(config, degrees)
-    return Preflight(degrees, model, prepared)
+    return Preflight(degrees, model, prepared, rows)
 
 
 def check_devices(processes: int, key: str) -> int:

@@ -76,7 +76,7 @@ def train_on(
     if leads:
         describe_changes(directory / "config.yaml", config, report)
         (directory / "config.yaml").write_text(dump_config(config))
-    feed = Feed(config, preflight.model, preflight.prepared, mesh)
+    feed = Feed(config, preflight.model, preflight.rows, mesh)
     engine = Engine(config, mesh, model)
     callbacks: list[Callback] = []
     if config.memory.keep_layers == "auto":  # the first of all, for it looks at the memory of training alone

@@ -21,6 +21,7 @@ from farspan.parallel.mesh import Mesh
 from farspan.parallel.verify import verify
 from farspan.trainer.config import RunConfig
 from farspan.trainer.feed import Feed
+from farspan.trainer.first_rows import RunRows
 
 LENGTH = 32
 MODEL = ModelConfig.model_validate(
@@ -80,7 +81,8 @@ def feed_of(prepared: Prepared, degrees: Degrees, data_rank: int, context_rank: 
         links={},
         **groups,  # type: ignore[arg-type]
     )
-    return Feed(RunConfig.model_validate(sections), MODEL, prepared, mesh)
+    config = RunConfig.model_validate(sections)
+    return Feed(config, MODEL, RunRows.of(config, prepared), mesh)
 
 
 def whole(order: orders.Order, batches: list[Batch]) -> dict[str, torch.Tensor]:

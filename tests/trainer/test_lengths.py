@@ -22,7 +22,7 @@ from farspan.trainer.checkpoint.store import CheckpointStore, Found
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.describe_schedule import describe_schedule
 from farspan.trainer.feed import Feed
-from farspan.trainer.first_rows import training_steps
+from farspan.trainer.first_rows import RunRows, training_steps
 from farspan.trainer.row_length import context_of, degrees_for_rows, for_rows, narrower_contexts
 
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ def feeds_of(prepared: Prepared, config: RunConfig, ranks: int) -> list[Feed]:
             return Mesh(degrees=degrees, device=torch.device("cpu"), links={}, **groups)  # type: ignore[arg-type]
 
         whole = replace(mesh(context), narrower={degree: mesh(degree) for degree in narrower_contexts(config)})
-        feeds.append(Feed(config, config.model, prepared, whole))
+        feeds.append(Feed(config, config.model, RunRows.of(config, prepared), whole))
     return feeds
 
 
