@@ -45,7 +45,7 @@ class PartSection(Section):
     max_tokens: int | None = Field(None, gt=0)
     """Tokens of its longest documents."""
     weight: float | None = Field(None, ge=0)
-    """Its share of the tokens, over the sum of all weights; without any, parts share as their tokens x `epochs` do."""
+    """Its share of the run's tokens, over the sum of all weights; without any, parts share as tokens x `epochs` do."""
     epochs: float | None = Field(None, gt=0)
     """How often it is seen at most; the others then take over its share."""
 
@@ -54,7 +54,8 @@ class StageSection(Section):
     """A stretch of a run with weights of its own."""
 
     steps: int | None = Field(None, gt=0)
-    """How many steps it takes; the rest of the run when not given, which the last one alone may do."""
+    """How many steps it takes, with `decompose` whole cycles; the rest of the run when not given, which the last one
+    alone may do."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
     """Shares of the tokens by the names of parts; one that is not named rests."""
 
@@ -166,7 +167,8 @@ class CurriculumSection(Section):
     """How likely a step is of each length while a cycle has such steps left: `uniform`; `grow_linear`, `grow_p2` or
     `grow_p100`, with which short rows come first; `shrink_p100`, with which long ones do; or a number for each."""
     mixture: Literal["natural", "equal"] | list[Annotated[float, Field(gt=0)]] = "natural"
-    """Tokens of each length in a cycle: as the text has them, equally many, or in proportion to a number for each."""
+    """Tokens of each length in a cycle: as the text has them (in a blend, that of its parts by their weights), equally
+    many, or in proportion to a number for each."""
     cycles: int = Field(1, gt=0)
     """Equal parts of the run, each with the whole mixture in the order of the odds; they divide `train.steps`."""
     schedule: Literal["random", "sub_cycles"] = "random"

@@ -99,6 +99,19 @@ def test_draws_of_a_document_do_not_depend_on_others() -> None:
     assert any(len(one[k]) != len(decompose(lengths, 64, 1024, True, seed=3).places[k]) for k in one)
 
 
+@pytest.mark.parametrize("randomize", [False, True])
+def test_some_documents_have_the_rows_that_they_have_among_all(randomize: bool) -> None:
+    lengths = np.array([0, 1, 64, 65, 66, 500, 2048, 2049, 2050, 60_000, 100, 4097, 250_001])
+    found = decompose(lengths, 64, 1024, randomize, seed=9)
+    chosen = np.array([1, 3, 9, 10])
+    some, others = found.of(chosen, lengths), found.of(np.setdiff1d(np.arange(len(lengths)), chosen), lengths)
+    for length, places in some.places.items():
+        assert set(places.documents.tolist()) <= set(chosen.tolist())
+        assert len(places) + len(others.places[length]) == len(found.places[length])
+    assert some.discarded_tokens + others.discarded_tokens == found.discarded_tokens
+    assert (some.discarded_documents, others.discarded_documents) == (1, 2)
+
+
 def test_a_million_documents() -> None:
     lengths = np.exp(np.random.default_rng(0).normal(6.0, 1.5, 1_000_000)).astype(np.int64)
     lengths[:3] = 50_000_000, 3_000_000, 100_000
