@@ -55,7 +55,7 @@ def main() -> None:
             config = load_config(options.config, [*options.overrides, *keys, f"data.workers={workers}"])
             preflight = check(config, 1)
             mesh = mesh or Mesh.create(preflight.degrees, torch.device("cpu"))
-            feed = Feed(config, preflight.model, preflight.prepared, mesh)
+            feed = Feed(config, preflight.model, preflight.rows, mesh)
             rate = tokens_per_second(feed, options.steps, config.train.tokens_per_step)
             feed.close()
             results.append({"method": method, "workers": workers, "tokens_per_second": rate})
