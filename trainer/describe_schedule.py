@@ -59,10 +59,8 @@ def describe_schedule(config: RunConfig, report: Callable[[str], None], plot: Pa
             f"{context_of(config, length):>9}" + ("" if length in steps.lengths else "  left out: fewer than a step")
         )
     _report_parts(taken_of_parts(steps, train.steps), parts_of(steps), report)
-    discarded, tokens = (
-        sum(found.discarded_tokens for found in parts.values()),
-        sum(int(d.lengths.sum()) for d in documents),
-    )
+    discarded = sum(found.discarded_tokens for found in parts.values())
+    tokens = sum(int(some.lengths.sum()) for some in documents)
     report(
         f"discarded: {discarded:,} of {tokens:,} tokens ({discarded / tokens:.2%}), with "
         f"{sum(found.discarded_documents for found in parts.values()):,} of "
