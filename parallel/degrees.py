@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -57,6 +58,14 @@ class Degrees:
                 f"possible are {_nearest(world, context, tensor)}"
             )
         return cls(world // (context * tensor), context, tensor)
+
+    @classmethod
+    def parse(cls, text: str) -> Degrees:
+        """The degrees whose `str` this is; MeshError if it is none's."""
+        found = re.fullmatch(r"data (\d+) x context (\d+) x tensor (\d+)", text)
+        if found is None:
+            raise MeshError(f"{text!r} is no division of ranks such as {cls(1, 2, 1)}")
+        return cls(*map(int, found.groups()))
 
     def __str__(self) -> str:
         return f"data {self.data} x context {self.context} x tensor {self.tensor}"

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Iterable
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from farspan.models.decoder import Decoder, DecoderInput
 from farspan.parallel.mesh import Mesh
+from farspan.trainer.checkpoint.reshard import load_divided_anew
 from farspan.trainer.config import OptimizerSection, RunConfig
 from farspan.trainer.deepspeed_config import engine_config
 
@@ -101,9 +103,15 @@ class Engine:
         """Collective: weights and optimizer state of all ranks, below `directory`."""
         self._engine.save_checkpoint(directory, tag="engine", client_state={}, save_latest=False)
 
-    def load(self, directory: str) -> None:
-        """Collective: what `save` wrote, on the same mesh and ZeRO stage."""
+    def load(self, directory: str, ranks: int) -> None:
+        """Collective: what `save` wrote with `ranks` data x context ranks, at the same tensor degree and ZeRO stage.
+
+        On as many ranks the state is the same bit for bit, and so it is, but divided anew, on any other number.
+        """
         with redirect_stdout(io.StringIO()):  # the names of its own functions
+            if self._stage > 0 and ranks != self._mesh.degrees.shard:
+                load_divided_anew(self._engine, Path(directory, "engine"), self._mesh.tensor_rank, self._stage, ranks)
+                return
             path, _ = self._engine.load_checkpoint(directory, tag="engine")
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {directory}")

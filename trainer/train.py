@@ -67,7 +67,7 @@ def train_on(
     """Trains on a mesh that exists; collective over all its ranks. `report` gets lines on every rank."""
     directory, leads = config.run.dir, dist.get_rank() == 0
     store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
-    state = RunState(store, config, preflight.model, str(mesh.degrees), preflight.prepared)
+    state = RunState(store, config, preflight.model, mesh.degrees, preflight.prepared)
     found = _find_checkpoint(store, state, mesh, resume)
     _seed(config.run.seed)
     model = build_model(config, preflight.model, mesh)
@@ -92,8 +92,7 @@ def train_on(
     callbacks.append(Saving(state, config.checkpoint.every, report))
     trainer = Trainer(config, mesh, engine, feed, callbacks)
     if found is not None:
-        state.resume(trainer, found)
-        report(f"resumed from {found.path} at step {found.step}")
+        state.resume(trainer, found, report)
     if not trainer.last_step:
         feed.look_ahead(trainer.step)
     first = min(trainer.step, config.train.steps - 1)  # of a run that is complete there is no next step

@@ -241,4 +241,4 @@ def test_tokens_of_a_rank_and_workers_may_change(prepared: Prepared) -> None:
 
 
 def state_of(config: RunConfig, prepared: Prepared) -> RunState:
-    return RunState(CheckpointStore(Path("none"), keep=1), config, config.model, "one rank", prepared)
+    return RunState(CheckpointStore(Path("none"), keep=1), config, config.model, Degrees(1, 1, 1), prepared)

@@ -16,6 +16,7 @@ from farspan.data.prepare import prepare
 from farspan.data.prepared import Prepared
 from farspan.data.sources import Source
 from farspan.data.text import standard_library
+from farspan.parallel.degrees import Degrees
 from farspan.trainer.blended import parts_of, taken_of_parts
 from farspan.trainer.callbacks.mixture import Mixture
 from farspan.trainer.checkpoint.state import RunState
@@ -206,7 +207,7 @@ def test_a_growing_window_does_not_go_across_documents(prepared: Prepared) -> No
 def test_a_run_is_resumed_with_the_same_rows_only(prepared: Prepared, tmp_path: Path) -> None:
     def identity(**data: Any) -> dict[str, Any]:
         config = config_of(prepared, data=data)
-        return RunState(CheckpointStore(tmp_path, 1), config, config.model, "", prepared).identity
+        return RunState(CheckpointStore(tmp_path, 1), config, config.model, Degrees(1, 1, 1), prepared).identity
 
     parts = {"notes": {"weight": 1}, "code": {"weight": 2}}
     found = identity(method="best_fit", blend={"parts": parts})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from farspan.data.prepared import Prepared
 from farspan.models.config import ModelConfig
+from farspan.parallel.degrees import Degrees
 from farspan.trainer.checkpoint.store import CheckpointStore, Found
 from farspan.trainer.config import ConfigError, RunConfig
 from farspan.trainer.decomposed import odds_of
@@ -18,15 +20,17 @@ from farspan.trainer.trainer import Trainer
 
 
 class RunState:
-    """Saves a trainer to a store, and puts back what was saved on the same layout, bit for bit."""
+    """Saves a trainer to a store, and puts back what was saved: on the same layout bit for bit, on one with another
+    number of data x context ranks as the same numbers, differently divided."""
 
     def __init__(
-        self, store: CheckpointStore, config: RunConfig, model: ModelConfig, layout: str, prepared: Prepared
+        self, store: CheckpointStore, config: RunConfig, model: ModelConfig, degrees: Degrees, prepared: Prepared
     ) -> None:
-        self.store, self.config = store, config
-        # What must be the same for a resumed run to go on; the rest of the configuration may change.
+        self.store, self.config, self.degrees = store, config, degrees
+        # What must be the same for a resumed run to go on, but for the data and context degrees of the layout; the rest
+        # of the configuration may change.
         self.identity = {
-            "layout": layout,
+            "layout": str(degrees),
             "parallel.zero_stage": config.parallel.zero_stage,
             "train.dtype": config.train.dtype,
             "model": model.model_dump(mode="json", exclude={"preset"}),
@@ -49,7 +53,7 @@ class RunState:
         return self.store.save(trainer.step, write, state, trainer.mesh.control)
 
     def check(self, found: Found) -> None:
-        """ConfigError when the checkpoint is of another layout, model or order of samples, or of a later step than
+        """ConfigError when the checkpoint is of another tensor degree, ZeRO stage, model or order of samples, or of a later step than
         the last one."""
         saved, now = _by_key(found.state["identity"]), _by_key(self.identity)
         changes = [
@@ -68,12 +72,17 @@ class RunState:
                 "it, or choose another run.dir"
             )
 
-    def resume(self, trainer: Trainer, found: Found) -> None:
+    def resume(self, trainer: Trainer, found: Found, report: Callable[[str], None]) -> None:
         """Collective; the checkpoint must have passed `check`."""
-        trainer.engine.load(str(found.path))
-        rank = torch.distributed.get_rank()
+        was = Degrees.parse(found.state["identity"]["layout"])
+        trainer.engine.load(str(found.path), was.shard)
+        # Of as many ranks each has its own; of more, those of the same tensor rank draw alike, as they do at the start.
+        rank = torch.distributed.get_rank() % was.world
         _set_random_state(torch.load(found.path / f"random_{rank:05d}.pt", weights_only=False))
         trainer.step, trainer.tokens = found.step, int(found.state["tokens"])
+        report(f"resumed from {found.path} at step {found.step}")
+        if was != self.degrees:
+            report(f"layout was {was} and is {self.degrees}: the same state on other ranks, losses go on up to rounding")
 
 
 def _samples_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
@@ -106,9 +115,10 @@ def _samples_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
 
 
 def _by_key(identity: dict[str, Any]) -> dict[str, Any]:
-    """The model's keys beside the others, so that a message names the one that differs."""
+    """Keys of the configuration with what they are, so that a message names the one that differs."""
+    others = {key: value for key, value in identity.items() if key not in ("layout", "model")}
     model = {f"model.{key}": value for key, value in identity["model"].items()}
-    return {**{key: value for key, value in identity.items() if key != "model"}, **model}
+    return {"parallel.tensor": Degrees.parse(identity["layout"]).tensor, **others, **model}
 
 
 def _random_state() -> dict[str, Any]:
