@@ -36,7 +36,7 @@ def train_runs(rank: int, world: int, configs: list[RunConfig]) -> list[list[dic
     results = []
     for config in configs:
         if rank == 0:
-            config.run.dir.mkdir(parents=True)
+            config.run.dir.mkdir(parents=True, exist_ok=True)  # there is one when it resumes
         preflight = check(config, world)
         mesh = Mesh.create(preflight.degrees, torch.device("cpu"), narrower=narrower_contexts(config))
         train_on(mesh, config, preflight, StopRequest(), True, lambda line: None)

@@ -1,0 +1,240 @@
+"""A run goes on from its checkpoint on another number of ranks, as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from support.corpus import prepare_small
+from support.pool import Pool
+from support.training import small_model, train_runs
+
+from farspan.trainer.config import RunConfig
+
+pytestmark = pytest.mark.distributed
+
+STEPS, HALF = 6, 3
+
+
+def config_of(directory: Path, prepared: Path, **changes: Any) -> RunConfig:
+    """With parameters of odd sizes: three ranks cannot share any of them evenly."""
+    tree: dict[str, Any] = {
+        "run": {"dir": str(directory), "seed": 5},
+        "model": {**small_model(2), "feed_forward_size": 47, "qkv_bias": True, "tied_embeddings": True},
+        "data": {"sources": ["unused"], "directory": str(prepared)},
+        "train": {"steps": STEPS, "sequence_length": 48, "tokens_per_step": 192, "dtype": changes.pop("dtype", "fp32")},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
+        "checkpoint": {"every": HALF},
+        "eval": {"rows": 2},
+        "deepspeed": changes.pop("deepspeed", {}),
+    }
+    return RunConfig.model_validate(tree | {"parallel": changes})
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small(tmp_path_factory.mktemp("corpus"))
+
+
+def train_and_count(rank: int, world: int, config: RunConfig) -> tuple[list[dict[str, Any]], dict[int, set[int]]]:
+    """The rows of metrics.jsonl, on rank 0, and which samples this rank took in which step."""
+    from farspan.trainer.feed import Feed
+
+    taken: dict[int, set[int]] = {}
+    original = Feed.training_batches
+
+    def counted(feed: Feed, step: int) -> Any:
+        batches = original(feed, step)
+        taken.setdefault(step, set()).update(sample for batch in batches for sample in batch.samples)
+        return batches
+
+    with patch.object(Feed, "training_batches", counted):
+        (rows,) = train_runs(rank, world, [config])
+    return rows, taken
+
+
+def train(pool: Pool, world: int, config: RunConfig) -> tuple[list[dict[str, Any]], dict[int, set[int]]]:
+    results = pool.run(world, train_and_count, config)
+    taken: dict[int, set[int]] = {}
+    for _, of_rank in results:
+        for step, samples in of_rank.items():
+            taken.setdefault(step, set()).update(samples)
+    return results[0][0], taken
+
+
+def begun(straight: Path, directory: Path, step: int = HALF) -> Path:
+    """The run directory of `straight`, as a kill after `step` leaves it."""
+    shutil.copytree(straight, directory)
+    for checkpoint in (directory / "checkpoints").iterdir():
+        if checkpoint.name > f"step_{step:08d}":
+            shutil.rmtree(checkpoint)
+    return directory
+
+
+def agrees(
+    pool: Pool, tmp_path: Path, prepared: Path, zero: int, worlds: list[tuple[int, int]], first: int = 2, tensor: int = 1
+) -> None:
+    """`worlds` are numbers of ranks with their context degrees, `first` that of the run which is not interrupted."""
+    keys = {"zero_stage": zero, "tensor": tensor}
+    straight = tmp_path / "straight"
+    expected, samples = train(pool, first * tensor, config_of(straight, prepared, context=first, **keys))
+    for world, context in worlds:
+        directory = begun(straight, tmp_path / f"{world}x{context}")
+        rows, taken = train(pool, world * tensor, config_of(directory, prepared, context=context, **keys))
+        assert rows[:HALF] == expected[:HALF]
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+        for row, other in zip(rows[HALF:], expected[HALF:]):
+            assert (row["tokens"], row["learning_rate"]) == (other["tokens"], other["learning_rate"])
+            for key in ("loss", "grad_norm"):
+                assert row[key] == pytest.approx(other[key], rel=1e-5), (world, context, row["step"], key)
+        assert rows[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], rel=1e-5)
+        steps = range(HALF, STEPS)
+        assert {step: taken[step] for step in steps} == {step: samples[step] for step in steps}
+
+
+def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(pool: Pool, tmp_path: Path, prepared: Path) -> None:
+    agrees(pool, tmp_path, prepared, 1, [(1, 1), (4, 2)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_every_zero_stage_goes_on_with_other_ranks(pool: Pool, tmp_path: Path, prepared: Path, zero: int) -> None:
+    agrees(pool, tmp_path, prepared, zero, [(1, 1), (2, 1), (4, 4), (4, 1)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_tensor_ranks_keep_their_parts(pool: Pool, tmp_path: Path, prepared: Path, zero: int) -> None:
+    agrees(pool, tmp_path, prepared, zero, [(1, 1)], tensor=2)
+    (tmp_path / "back").mkdir()
+    agrees(pool, tmp_path / "back", prepared, zero, [(2, 2)], first=1, tensor=2)
+
+
+def hand_over(rank: int, world: int, config: RunConfig, source: Path, ranks: int, target: Path) -> None:
+    """Loads the engine's state that `ranks` saved in `source`, and saves it from these ranks in `target`."""
+    from farspan.launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from farspan.parallel.mesh import Mesh
+    from farspan.trainer.engine import Engine
+    from farspan.trainer.preflight import check
+    from farspan.trainer.train import build_model
+
+    preflight = check(config, world)
+    mesh = Mesh.create(preflight.degrees, torch.device("cpu"))
+    engine = Engine(config, mesh, build_model(config, preflight.model, mesh))
+    engine.load(str(source), ranks)
+    engine.save(str(target))
+    engine.close()
+    mesh.destroy()
+
+
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors in a file of a checkpoint, by where they stand in it."""
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(tree: Any, place: str) -> None:
+        if isinstance(tree, torch.Tensor):
+            found[place] = tree.detach()
+        elif isinstance(tree, dict):
+            for key, value in tree.items():
+                walk(value, f"{place}.{key}")
+        elif isinstance(tree, (list, tuple)):
+            for index, value in enumerate(tree):
+                walk(value, f"{place}.{index}")
+
+    walk(torch.load(file, map_location="cpu", weights_only=False), "")
+    return found
+
+
+ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+SMALL_TENSORS = {"zero_optimization": {"sub_group_size": 3000}}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("zero", "dtype", "deepspeed"),
+    [
+        (1, "fp32", {}),
+        (2, "fp32", {}),
+        (3, "fp32", {}),
+        (1, "bf16", {}),
+        (2, "bf16", {}),
+        (3, "bf16", {}),
+        (2, "fp32", ROUND_ROBIN),
+        (3, "fp32", SMALL_TENSORS),
+        (1, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    ],
+)
+def test_state_that_went_over_three_and_four_ranks_comes_back_to_the_bit(
+    pool: Pool, tmp_path: Path, prepared: Path, zero: int, dtype: str, deepspeed: dict[str, Any]
+) -> None:
+    def config(name: str, context: int) -> RunConfig:
+        keys = {"context": context, "zero_stage": zero, "dtype": dtype, "deepspeed": deepspeed}
+        return config_of(tmp_path / name, prepared, **keys)
+
+    pool.run(2, train_runs, [config("run", 2)])
+    source = tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}"
+    before = source
+    for world, ranks in ((3, 2), (4, 3), (1, 4), (2, 1)):
+        after = tmp_path / f"by{world}"
+        pool.run(world, hand_over, config(after.name, world), before, ranks, after)
+        before = after
+    for file in sorted((source / "engine").glob("*.pt")):
+        expected, found = tensors_of(file), tensors_of(before / "engine" / file.name)
+        assert list(found) == list(expected)
+        assert len(expected) > 2
+        for place, tensor in expected.items():
+            assert torch.equal(tensor, found[place]), (file.name, place)
+
+
+@pytest.mark.full
+def test_a_checkpoint_after_a_change_of_ranks_resumes_again(pool: Pool, tmp_path: Path, prepared: Path) -> None:
+    def config(name: str, **changes: Any) -> RunConfig:
+        config = config_of(tmp_path / name, prepared, zero_stage=2, **changes)
+        return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1, "keep": STEPS})})
+
+    expected, _ = train(pool, 2, config("straight", context=2))
+    rows, world, before = expected, 0, tmp_path / "straight"
+    for step, world in ((2, 4), (3, 1), (4, 3), (5, 2)):
+        directory = begun(before, tmp_path / f"after{step}", step)
+        rows, _ = train(pool, world, config(directory.name, context=world))
+        before = directory
+    for row, other in zip(rows, expected, strict=True):
+        assert (row["step"], row["tokens"]) == (other["step"], other["tokens"])
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def failed_load(rank: int, world: int, config: RunConfig) -> str:
+    """What a run that resumes says against the checkpoint."""
+    from farspan.trainer.config import ConfigError
+
+    try:
+        train_runs(rank, world, [config])
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.full
+def test_what_cannot_be_divided_anew_is_refused(pool: Pool, tmp_path: Path, prepared: Path) -> None:
+    gaps = {"zero_optimization": {"parameter_alignment": True}}
+    straight = tmp_path / "straight"
+    pool.run(2, train_runs, [config_of(straight, prepared, context=2, zero_stage=2, deepspeed=gaps)])
+    before = {path: path.read_bytes() for path in straight.rglob("checkpoints/*/*") if path.is_file()}
+    for change, named in (
+        ({"context": 1, "zero_stage": 2, "deepspeed": gaps}, "parameter_alignment"),
+        ({"context": 1, "zero_stage": 1}, "parallel.zero_stage was 2 and is 1"),
+    ):
+        (said,) = pool.run(1, failed_load, config_of(straight, prepared, **change))
+        assert named in said
+        assert "\n" not in said
+        pool.close()  # the mesh of a run that failed is still there
+    said, _ = pool.run(2, failed_load, config_of(straight, prepared, context=1, tensor=2, zero_stage=2))
+    assert "parallel.tensor was 1 and is 2" in said
+    pool.close()
+    assert before == {path: path.read_bytes() for path in straight.rglob("checkpoints/*/*") if path.is_file()}
