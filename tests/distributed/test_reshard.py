@@ -13,6 +13,8 @@ from support.corpus import prepare_small
 from support.pool import Pool
 from support.training import small_model, train_runs
 
+from farspan.trainer.checkpoint.reshard import SavedShards, parameter_groups
+from farspan.trainer.checkpoint.shards import Shards
 from farspan.trainer.config import RunConfig
 
 pytestmark = pytest.mark.distributed
@@ -21,10 +23,10 @@ STEPS, HALF = 6, 3
 
 
 def config_of(directory: Path, prepared: Path, **changes: Any) -> RunConfig:
-    """With parameters of odd sizes: three ranks cannot share any of them evenly."""
+    """With parameters of odd sizes, which ranks cannot share evenly."""
     tree: dict[str, Any] = {
         "run": {"dir": str(directory), "seed": 5},
-        "model": {**small_model(2), "feed_forward_size": 47, "qkv_bias": True, "tied_embeddings": True},
+        "model": {**small_model(2), "hidden_size": 33, "qkv_bias": True, "tied_embeddings": True},
         "data": {"sources": ["unused"], "directory": str(prepared)},
         "train": {"steps": STEPS, "sequence_length": 48, "tokens_per_step": 192, "dtype": changes.pop("dtype", "fp32")},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
@@ -38,6 +40,13 @@ def config_of(directory: Path, prepared: Path, **changes: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_small(tmp_path_factory.mktemp("corpus"))
+
+
+def alike(pool: Pool, config: RunConfig) -> Pool:
+    """DeepSpeed counts the modules of a process, and training at ZeRO 3 wants all ranks to have counted as many."""
+    if config.parallel.zero_stage == 3:
+        pool.close()
+    return pool
 
 
 def train_and_count(rank: int, world: int, config: RunConfig) -> tuple[list[dict[str, Any]], dict[int, set[int]]]:
@@ -58,7 +67,7 @@ def train_and_count(rank: int, world: int, config: RunConfig) -> tuple[list[dict
 
 
 def train(pool: Pool, world: int, config: RunConfig) -> tuple[list[dict[str, Any]], dict[int, set[int]]]:
-    results = pool.run(world, train_and_count, config)
+    results = alike(pool, config).run(world, train_and_count, config)
     taken: dict[int, set[int]] = {}
     for _, of_rank in results:
         for step, samples in of_rank.items():
@@ -76,7 +85,13 @@ def begun(straight: Path, directory: Path, step: int = HALF) -> Path:
 
 
 def agrees(
-    pool: Pool, tmp_path: Path, prepared: Path, zero: int, worlds: list[tuple[int, int]], first: int = 2, tensor: int = 1
+    pool: Pool,
+    tmp_path: Path,
+    prepared: Path,
+    zero: int,
+    worlds: list[tuple[int, int]],
+    first: int = 2,
+    tensor: int = 1,
 ) -> None:
     """`worlds` are numbers of ranks with their context degrees, `first` that of the run which is not interrupted."""
     keys = {"zero_stage": zero, "tensor": tensor}
@@ -103,15 +118,13 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(pool: Pool, tmp_path:
 @pytest.mark.full
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_every_zero_stage_goes_on_with_other_ranks(pool: Pool, tmp_path: Path, prepared: Path, zero: int) -> None:
-    agrees(pool, tmp_path, prepared, zero, [(1, 1), (2, 1), (4, 4), (4, 1)])
+    agrees(pool, tmp_path, prepared, zero, [(1, 1), (2, 1), (4, 4)])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_tensor_ranks_keep_their_parts(pool: Pool, tmp_path: Path, prepared: Path, zero: int) -> None:
     agrees(pool, tmp_path, prepared, zero, [(1, 1)], tensor=2)
-    (tmp_path / "back").mkdir()
-    agrees(pool, tmp_path / "back", prepared, zero, [(2, 2)], first=1, tensor=2)
 
 
 def hand_over(rank: int, world: int, config: RunConfig, source: Path, ranks: int, target: Path) -> None:
@@ -133,21 +146,18 @@ def hand_over(rank: int, world: int, config: RunConfig, source: Path, ranks: int
     mesh.destroy()
 
 
-def tensors_of(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors in a file of a checkpoint, by where they stand in it."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(tree: Any, place: str) -> None:
-        if isinstance(tree, torch.Tensor):
-            found[place] = tree.detach()
-        elif isinstance(tree, dict):
-            for key, value in tree.items():
-                walk(value, f"{place}.{key}")
-        elif isinstance(tree, (list, tuple)):
-            for index, value in enumerate(tree):
-                walk(value, f"{place}.{index}")
-
-    walk(torch.load(file, map_location="cpu", weights_only=False), "")
+def elements(engine: Path, zero: int) -> dict[tuple[Any, ...], torch.Tensor]:
+    """Weights and moments of every parameter in the files of two ranks; their padding at ZeRO 3 is arbitrary."""
+    saved, found = SavedShards(engine, 0, zero), {}
+    sizes = [tensors["exp_avg"].numel() for tensors in saved.state(0).optimizer]
+    shards = Shards(parameter_groups(saved.model()["param_shapes"]), sizes, 2, zero)
+    for rank in range(2):
+        state = saved.state(rank)
+        for run in shards.runs(rank):
+            tensors = {"weight": state.weights[run.flat], **state.optimizer[run.flat]}
+            for key, tensor in tensors.items():
+                place = slice(run.offset, run.offset + run.count) if tensor.dim() else ...
+                found[rank, run.name, run.start, key] = tensor.detach()[place]
     return found
 
 
@@ -177,26 +187,27 @@ def test_state_that_went_over_three_and_four_ranks_comes_back_to_the_bit(
         keys = {"context": context, "zero_stage": zero, "dtype": dtype, "deepspeed": deepspeed}
         return config_of(tmp_path / name, prepared, **keys)
 
-    pool.run(2, train_runs, [config("run", 2)])
+    straight = config("run", 2)
+    alike(pool, straight).run(2, train_runs, [straight])
     source = tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}"
     before = source
     for world, ranks in ((3, 2), (4, 3), (1, 4), (2, 1)):
         after = tmp_path / f"by{world}"
         pool.run(world, hand_over, config(after.name, world), before, ranks, after)
         before = after
-    for file in sorted((source / "engine").glob("*.pt")):
-        expected, found = tensors_of(file), tensors_of(before / "engine" / file.name)
-        assert list(found) == list(expected)
-        assert len(expected) > 2
-        for place, tensor in expected.items():
-            assert torch.equal(tensor, found[place]), (file.name, place)
+    expected, found = elements(source / "engine", zero), elements(before / "engine", zero)
+    assert list(found) == list(expected)
+    assert {key[-1] for key in expected} == {"weight", "exp_avg", "exp_avg_sq", "step"}
+    assert [key for key, tensor in expected.items() if not torch.equal(tensor, found[key])] == []
 
 
 @pytest.mark.full
 def test_a_checkpoint_after_a_change_of_ranks_resumes_again(pool: Pool, tmp_path: Path, prepared: Path) -> None:
     def config(name: str, **changes: Any) -> RunConfig:
         config = config_of(tmp_path / name, prepared, zero_stage=2, **changes)
-        return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1, "keep": STEPS})})
+        return config.model_copy(
+            update={"checkpoint": config.checkpoint.model_copy(update={"every": 1, "keep": STEPS})}
+        )
 
     expected, _ = train(pool, 2, config("straight", context=2))
     rows, world, before = expected, 0, tmp_path / "straight"

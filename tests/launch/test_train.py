@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,12 +247,19 @@ def test_a_rank_killed_in_the_middle_of_a_stage_ends_the_run(tmp_path: Path, pre
 
 
 @pytest.mark.full
-def test_a_checkpoint_of_another_layout_is_refused_in_one_line(tmp_path: Path, prepared: Path) -> None:
+def test_another_tensor_degree_is_refused_in_one_line_and_another_number_of_ranks_announced(
+    tmp_path: Path, prepared: Path
+) -> None:
     run = Run(tmp_path / "run", prepared)
     run.train("train.steps=1")
-    _, err = run.train("parallel.context=1", "train.steps=2", code=2)
-    assert "layout was data 1 x context 2 x tensor 1 and is data 2 x context 1 x tensor 1" in err
+    _, err = run.train("parallel.context=1", "parallel.tensor=2", "train.steps=2", code=2)
+    assert "parallel.tensor was 1 and is 2; change that back" in err
     assert len(err.strip().splitlines()) == 1
+    alone = Run(tmp_path / "alone", prepared)
+    shutil.copytree(run.directory, alone.directory)
+    out, _ = alone.train("launch.processes=1", "parallel.context=1", "train.steps=2")
+    (line,) = (line for line in out.splitlines() if line.startswith("layout was "))
+    assert line.startswith("layout was data 1 x context 2 x tensor 1 and is data 1 x context 1 x tensor 1: ")
     _, err = run.train("--resume", "never", code=2)
     assert "has checkpoints" in err
     out, _ = run.train("train.steps=2", "parallel.plan=all_gather")

@@ -68,10 +68,9 @@ def load_divided_anew(engine: Any, directory: Path, tensor_rank: int, zero_stage
     optimizer, group = engine.optimizer, engine.optimizer.dp_process_group
     _require_no_gaps(optimizer.state_dict())
     flats = _flats(optimizer, zero_stage)
-    was = Shards(_groups(model["param_shapes"]), _sizes(saved.state(0)), ranks, zero_stage)
-    now = Shards(
-        _groups(engine._get_zero_param_shapes()), [flat.numel() for flat in flats], group.size(), zero_stage
-    )
+    was = Shards(parameter_groups(model["param_shapes"]), _sizes(saved.state(0)), ranks, zero_stage)
+    shapes, sizes = engine._get_zero_param_shapes(), [flat.numel() for flat in flats]
+    now = Shards(parameter_groups(shapes), sizes, group.size(), zero_stage)
     if zero_stage < 3:
         engine.load_checkpoint(str(directory.parent), tag=directory.name, load_optimizer_states=False)
     else:  # its weights are those of the shards
@@ -131,7 +130,8 @@ def _places(run: Run) -> slice:
     return slice(run.offset, run.offset + run.count)
 
 
-def _groups(shapes: Sequence[Mapping[str, torch.Size]]) -> list[dict[str, int]]:
+def parameter_groups(shapes: Sequence[Mapping[str, torch.Size]]) -> list[dict[str, int]]:
+    """Elements by name from what DeepSpeed calls `param_shapes`, in the order in which it lays parameters out."""
     return [{name: shape.numel() for name, shape in group.items()} for group in shapes]
 
 
