@@ -1,8 +1,9 @@
 """Which elements of which parameters the shards of DeepSpeed's optimizer state hold, for any number of ranks.
 
 A shard is a few flat tensors. At ZeRO 1 and 2 the parameters of a group stand in one row, which is cut into equal
-parts: a flat tensor is one rank's part of one group. At ZeRO 3 each parameter is cut by itself, and a rank's parts stand
-in a row, which goes on from one flat tensor to the next. Parameters a, b and c of 5, 3 and 2 elements, `-` for padding:
+parts: a flat tensor is one rank's part of one group. At ZeRO 3 each parameter is cut by itself, and a rank's parts
+stand in a row, which goes on from one flat tensor to the next. Parameters a, b and c of 5, 3 and 2 elements, `-` for
+padding:
 
     ZeRO 1, 2   2 ranks   aaaaab bbcc--           3 ranks   aaaa abbb cc--
     ZeRO 3      2 ranks   aaabbc aa-b-c           3 ranks   aabc aabc a-b-

@@ -53,8 +53,8 @@ class RunState:
         return self.store.save(trainer.step, write, state, trainer.mesh.control)
 
     def check(self, found: Found) -> None:
-        """ConfigError when the checkpoint is of another tensor degree, ZeRO stage, model or order of samples, or of a later
-        step than the last one."""
+        """ConfigError when the checkpoint is of another tensor degree, ZeRO stage, model or order of samples, or of a
+        later step than the last one."""
         saved, now = _by_key(found.state["identity"]), _by_key(self.identity)
         changes = [
             f"{key} was {saved.get(key)} and is {now.get(key)}"
