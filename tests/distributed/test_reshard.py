@@ -210,7 +210,7 @@ def test_a_checkpoint_after_a_change_of_ranks_resumes_again(pool: Pool, tmp_path
         )
 
     expected, _ = train(pool, 2, config("straight", context=2))
-    rows, world, before = expected, 0, tmp_path / "straight"
+    rows, before = expected, tmp_path / "straight"
     for step, world in ((2, 4), (3, 1), (4, 3), (5, 2)):
         directory = begun(before, tmp_path / f"after{step}", step)
         rows, _ = train(pool, world, config(directory.name, context=world))
