@@ -81,8 +81,8 @@ def load_divided_anew(engine: Any, directory: Path, tensor_rank: int, zero_stage
     except ShardError as error:
         raise ConfigError(
             f"{directory} was written by {ranks} data x context ranks, and its optimizer state cannot be divided anew "
-            f"over {group.size()} ({error}); start as many as then, without keys in deepspeed.zero_optimization that "
-            "lay it out in another way"
+            f"over {group.size()} ({error}); set launch.processes to start as many as then, or remove what changes the "
+            "layout from deepspeed.zero_optimization"
         ) from error
     optimizer.state.update(zip(flats, states))
     # Its own state through itself: this is what sets weights from their fp32 masters, and whatever else hangs on them.
@@ -152,5 +152,5 @@ def _require_no_gaps(shard: Mapping[str, Any]) -> None:
     if any(any(gaps) for gaps in shard.get("param_alignment_paddings", ())):
         raise ConfigError(
             "deepspeed.zero_optimization.parameter_alignment lays optimizer state out in a way that cannot be divided "
-            "over another number of ranks; start as many as wrote the checkpoint"
+            "over another number of ranks; set launch.processes to start as many as wrote the checkpoint"
         )
