@@ -65,7 +65,7 @@ class Engine:
             eps=config.optimizer.epsilon,
             fused=mesh.device.type == "cuda",
         )
-        self._mesh, self._stage = mesh, config.parallel.zero_stage
+        self._mesh, self._stage, self._settings = mesh, config.parallel.zero_stage, config.optimizer
         with redirect_stdout(io.StringIO()):  # its reports of memory, meant for its own developers
             self._engine, *_ = deepspeed.initialize(
                 model=model.to(mesh.device),
@@ -115,6 +115,12 @@ class Engine:
             path, _ = self._engine.load_checkpoint(directory, tag="engine")
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {directory}")
+        # DeepSpeed has taken these from the checkpoint, and those of the configuration may be others now.
+        settings = self._settings
+        for group, decay in zip(self._optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
+            group.update(weight_decay=decay, betas=settings.betas, eps=settings.epsilon)
+        if hasattr(self._engine.optimizer, "clip_grad"):
+            self._engine.optimizer.clip_grad = settings.gradient_clipping
 
     def close(self) -> None:
         self._engine.destroy()

@@ -249,3 +249,21 @@ def test_what_cannot_be_divided_anew_is_refused(pool: Pool, tmp_path: Path, prep
     assert "parallel.tensor was 1 and is 2" in said
     pool.close()
     assert before == {path: path.read_bytes() for path in straight.rglob("checkpoints/*/*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "zero_stage", [1, pytest.param(0, marks=pytest.mark.full), pytest.param(3, marks=pytest.mark.full)]
+)
+def test_what_the_configuration_says_of_the_optimizer_counts_after_a_resume(
+    tmp_path: Path, prepared: Path, pool: Pool, zero_stage: int
+) -> None:
+    """DeepSpeed would go on with what the checkpoint says."""
+    straight = config_of(tmp_path / "straight", prepared, zero_stage=zero_stage)
+    losses = [row["loss"] for row in train(pool, 2, straight)[0]]
+    for key, value in {"weight_decay": 5.0, "gradient_clipping": 1e-3, "betas": (0.0, 0.5), "epsilon": 1.0}.items():
+        config = config_of(begun(straight.run.dir, tmp_path / key), prepared, zero_stage=zero_stage)
+        optimizer = config.optimizer.model_copy(update={key: value})
+        rows, _ = train(pool, 2, config.model_copy(update={"optimizer": optimizer}))
+        found = [row["loss"] for row in rows]
+        assert found[: HALF + 1] == losses[: HALF + 1]
+        assert found[-1] != losses[-1], key
