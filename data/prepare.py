@@ -21,7 +21,7 @@ from farspan.data.prepared import DESCRIPTION, FORMAT_VERSION, SPLITS, Prepared,
 from farspan.data.progress import Progress
 from farspan.data.publish import begin, digest, partial_folder, present, publish
 from farspan.data.report import describe, write_report
-from farspan.data.sources import MAX_RECORD_BYTES, Source, hash_files, list_sources
+from farspan.data.sources import MAX_RECORD_BYTES, Source, files_left_out, hash_files, list_sources
 from farspan.data.texts import EMPTY
 from farspan.data.tokenizer import train_tokenizer
 from farspan.data.tokenizers import AnyTokenizer, open_tokenizer
@@ -66,6 +66,9 @@ def prepare(
     something else.
     """
     listings = list_sources(sources)
+    for listing in listings:
+        if left_out := files_left_out(listing):
+            report(f"{listing.source.path}: left out {left_out}")
     reading = Progress("reading", sum(listing.size for listing in listings), report, terminal)
     job = Job(
         listings=hash_files(listings, reading.add),

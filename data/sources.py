@@ -120,6 +120,21 @@ def list_sources(sources: Sequence[str | Source]) -> list[Listing]:
     return listings
 
 
+def files_left_out(listing: Listing) -> str:
+    """How many files of a folder are no text by their names, such as "2 .rst and 1 .gz files"; "" if there are none."""
+    path, taken = Path(listing.source.path).expanduser(), {file.name for file in listing.files}
+    if not path.is_dir() or listing.source.path == PYTHON_STDLIB or any(file.kind == "arrow" for file in listing.files):
+        return ""
+    suffixes = (*listing.source.suffixes, *_RECORDS)
+    others = [file for file in text_files(path, ("",)) if not file.name.lower().endswith(suffixes)]
+    counts = Counter(file.path.suffix.lower() or "nameless" for file in others if file.name not in taken)
+    parts = [f"{count} {suffix}" for suffix, count in counts.most_common(5)]
+    rest = counts.total() - sum(count for _, count in counts.most_common(5))
+    parts += [f"{rest} other"] if rest else []
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+    return f"{listed} files, which data.sources.suffixes do not name" if parts else ""
+
+
 def hash_files(listings: Sequence[Listing], done: Callable[[int], None]) -> list[Listing]:
     """The listings with the digests of all files. `done` hears how many bytes were read, now and then."""
     return [replace(each, files=tuple(_hashed(file, done) for file in each.files)) for each in listings]
@@ -197,6 +212,8 @@ def _text(documents: Sequence[Document], source: Source) -> Iterator[InputFile]:
 
 
 def _kind(name: str) -> Kind:
+    if name.lower().endswith((".gz", ".zst")) and not name.lower().endswith(tuple(_RECORDS)):
+        raise DataError(f"data.sources: {name} is compressed, which only .jsonl may be: unpack it first.")
     return next((kind for suffix, kind in _RECORDS.items() if name.lower().endswith(suffix)), "text")
 
 

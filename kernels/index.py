@@ -241,7 +241,7 @@ def _blocks(positions: np.ndarray, block: int) -> np.ndarray:
     if not aligned or (within != np.arange(len(positions)) % block).any():
         raise ValueError(
             f"a sparse index selects tiles of {block} tokens, but here tiles of slots are not blocks of so many "
-            "consecutive tokens: set parallel.order to striped, parallel.stripe to a multiple of that, and "
-            "train.sequence_length to at least a stripe on each rank"
+            "consecutive tokens: set parallel.order to striped, leave parallel.stripe out or set it to a multiple of "
+            f"{block}, and train.sequence_length to at least a stripe on each rank"
         )
     return first

@@ -28,6 +28,7 @@ def add_data_verbs(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_split(showing)
     place = showing.add_mutually_exclusive_group()
     place.add_argument("--document", type=int, metavar="N", help="this document from its start")
+    place.add_argument("--source", metavar="NAME", help="the first documents of this source")
     place.add_argument("--start", type=int, default=0, metavar="N", help="from this token of the split on (0)")
     showing.add_argument("--tokens", type=_positive, metavar="N", help="how many (512, or the whole document)")
     showing.set_defaults(verb=show)
@@ -65,9 +66,7 @@ def stats(options: argparse.Namespace) -> int:
     prepared = _open(options.directory)
     chosen = slice(None)
     if options.source is not None:
-        if options.source not in prepared.sources:
-            raise DataError(f"--source {options.source}: {options.directory} has {', '.join(prepared.sources)}")
-        here = prepared.sources[options.source][options.split]
+        here = _of_source(prepared, options)
         chosen = slice(here.start, here.stop)
     lengths = Corpus(prepared, options.split).lengths
     for line in read_report(prepared.directory):
@@ -87,6 +86,8 @@ def show(options: argparse.Namespace) -> int:
 
     prepared = _open(options.directory)
     start, tokens = options.start, options.tokens or 512
+    if options.source is not None:
+        start, _ = document_start(prepared, options.split, _of_source(prepared, options).start)
     if options.document is not None:
         start, length = document_start(prepared, options.split, options.document)
         tokens = min(length, options.tokens or length)
@@ -132,6 +133,15 @@ def train_tokenizer(options: argparse.Namespace) -> int:
         train_on_sources(options.sources, options.output, size, seed=options.seed or 0)
     print(f"{options.output} is ready: {size:,} pieces")
     return 0
+
+
+def _of_source(prepared: Prepared, options: argparse.Namespace) -> range:
+    """The documents of `--source` in the split that was asked for."""
+    from farspan.data.errors import DataError
+
+    if options.source not in prepared.sources:
+        raise DataError(f"--source {options.source}: {options.directory} has {', '.join(prepared.sources)}")
+    return prepared.sources[options.source][options.split]
 
 
 def _open(path: Path) -> Prepared:

@@ -90,9 +90,9 @@ class SparseSection(Section):
     local_blocks: int = Field(2, gt=0)
     """Nearest diagonals of 128 x 128 tiles, which are always selected; the first is a token's own block."""
     most_columns: int = Field(4096, gt=0)
-    """Single keys that a head selects at most; 128 of them cost as much as a diagonal."""
+    """Single keys that a head selects at most, besides `sinks`; 128 of them cost as much as a diagonal."""
     most_diagonals: int = Field(512, gt=0)
-    """Diagonals of tiles that a head selects at most."""
+    """Diagonals of tiles that a head selects at most, besides `local_blocks`."""
     stride: Literal[4, 8, 16, 32, 64] = 16
     """`xattention`: tokens of a cell's side, within which one antidiagonal stands for attention."""
     threshold: float = Field(0.9, gt=0, le=1)

@@ -129,6 +129,16 @@ def _measure(
         blocks = -(-config.train.sequence_length // TILE)
         say(
             f"layer {layer}: columns {min(columns[layer])} to {max(columns[layer])}, diagonals {min(diagonals[layer])} "
-            f"to {max(diagonals[layer])} of {blocks}"
+            f"to {max(diagonals[layer])} of {blocks}, besides attention.sparse.sinks and local_blocks"
         )
+    for key, most, found in (
+        ("columns", settings.most_columns, columns),
+        ("diagonals", settings.most_diagonals, diagonals),
+    ):
+        capped = sum(number >= most for layer in found for number in layer)
+        if capped:
+            say(
+                f"{capped} heads have as many {key} as attention.sparse.most_{key} {most} allows, and may cover less "
+                f"than the mass of {settings.mass:g}: raise it, here and in training"
+            )
     return Budgets(config.train.sequence_length, settings.mass, len(batches), request.quantile, columns, diagonals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -316,7 +316,8 @@ class RunConfig(Section):
                 f"curriculum.cycles {curriculum.cycles} does not divide train.steps {train.steps}; the nearest that "
                 f"goes is {max(1, round(train.steps / curriculum.cycles)) * curriculum.cycles}"
             )
-        self._check_stages_of_cycles([] if data.blend is None else data.blend.stages)
+        if data.blend is not None:
+            self._check_stages_of_cycles(data.blend.stages)
         if self.memory.keep_layers == "auto":
             raise ValueError(
                 "memory.keep_layers auto measures the first steps, and data.method decompose makes the later ones "
@@ -340,6 +341,10 @@ class RunConfig(Section):
                     f"curriculum.cycles {self.curriculum.cycles} has {cycle} steps of train.steps; set it to a "
                     f"multiple of these, such as {max(1, round(stage.steps / cycle)) * cycle}"
                 )
+
+    @model_validator(mode="after")
+    def _check_end_of_stages(self) -> RunConfig:
+        stages = [] if self.data.blend is None else self.data.blend.stages
         if stages and stages[-1].steps is not None:
             done = sum(stage.steps or 0 for stage in stages)
             if done < self.train.steps:
@@ -347,6 +352,7 @@ class RunConfig(Section):
                     f"data.blend.stages end after step {done}, and train.steps is {self.train.steps}; leave out the "
                     "steps of the last one"
                 )
+        return self
 
     @model_validator(mode="after")
     def _check_tokens_per_rank(self) -> RunConfig:
@@ -551,7 +557,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         branch = branch[section] if isinstance(branch, dict) else None
         if not isinstance(branch, dict):
             raise ConfigError(f"{key} cannot be set: {section} is not a section")
-    branch[last] = value
+    if value is None and text.strip():  # null: as if the key were not there, so that its default counts
+        branch.pop(last, None)
+    else:
+        branch[last] = value
 
 
 def _one_line(path: Path, error: ValidationError) -> str:
@@ -581,10 +590,13 @@ def _one_line(path: Path, error: ValidationError) -> str:
 
 def _section_at(location: Sequence[Any]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
+    of_dict = False
     for name in location:
-        if isinstance(name, int):  # of an entry in a list of sections
+        if isinstance(name, int) or of_dict:  # of an entry in a list or a dict of sections
+            of_dict = False
             continue
         annotation = section.model_fields[str(name)].annotation
+        of_dict = get_origin(annotation) is dict
         section = next(
             t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)
         )

@@ -44,10 +44,11 @@ def check_documents(config: RunConfig, prepared: Prepared) -> None:
     whole = data.method in ("best_fit", "padded") and data.overlong != "split"
     for documents in (heldout_documents(config, prepared), *training_documents(config, prepared).values()):
         if documents.told.any() and not whole:
+            method = "" if data.method in ("best_fit", "padded") else "data.method to best_fit or padded, and "
             raise DataError(
                 f"data.directory holds conversations, which data.method {data.method} with data.overlong "
-                f"{data.overlong} would cut: set data.method to best_fit or padded, and data.overlong to drop or "
-                "truncate, or leave them out with data.blend.parts."
+                f"{data.overlong} would cut: set {method}data.overlong to drop or truncate, or leave them out with "
+                "data.blend.parts."
             )
 
 
@@ -75,11 +76,13 @@ def _select(corpus: Corpus, prepared: Prepared, name: str, part: PartSection) ->
         )
     here = prepared.sources[source][corpus.split]
     lengths = corpus.lengths[here.start : here.stop]
-    most = part.max_tokens or int(lengths.max(initial=0))
-    fits = (lengths >= part.min_tokens) & (lengths <= most)
+    longest = int(lengths.max(initial=0))
+    fits = (lengths >= part.min_tokens) & (lengths <= (part.max_tokens or longest))
     if not fits.any():
+        most = "" if part.max_tokens is None else f" and of {part.max_tokens:,} at most"
         raise DataError(
-            f"{key} has no document of {part.min_tokens:,} to {most:,} tokens among {len(lengths):,} of the "
-            f"{corpus.split} split: change its min_tokens or max_tokens, or leave it out."
+            f"{key} has no document of {part.min_tokens:,} tokens or more{most} among {len(lengths):,} of the "
+            f"{corpus.split} split, of which the longest has {longest:,}: change its min_tokens or max_tokens, or "
+            "leave it out."
         )
     return Selection(corpus, here.start + np.flatnonzero(fits))

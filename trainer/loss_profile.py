@@ -24,9 +24,9 @@ class LossProfile:
     """Sums of token losses of some micro-batches, by log2 of the length of a token's document and of its place in it.
 
     A document is what its row holds of it, which is all that its tokens can see, unless `attention.across_documents`
-    lets them see those before it in the row as well; the position of a token is the number
-    of tokens from the document's beginning up to it, itself included. Sums are whole multiples of 2^-28: how tokens are
-    shared out over ranks and in which order they are added changes no bit of them.
+    lets them see those before it in the row as well. The position of a token is the number of tokens before it in the
+    document, and 1 for its first one, too, so that a document of 2^k tokens fills its last bucket. Sums are whole
+    multiples of 2^-28: how tokens are shared out over ranks and in which order they are added changes no bit of them.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -59,7 +59,7 @@ class LossProfile:
 def buckets_of(batch: Batch) -> tuple[Tensor, Tensor]:
     """int64 `[rows, slots]` each, in the slots of this rank: the buckets of lengths and of positions."""
     lengths = np.stack([_log2(np.repeat(np.diff(bounds), np.diff(bounds))) for bounds in batch.bounds])
-    positions = np.stack([_log2(_places(bounds) + 1) for bounds in batch.bounds])
+    positions = np.stack([_log2(np.maximum(_places(bounds), 1)) for bounds in batch.bounds])
     unlabelled = batch.labels == IGNORED
 
     def shard(buckets: NDArray[np.int64]) -> Tensor:

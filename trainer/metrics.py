@@ -145,10 +145,14 @@ class TensorBoard:
             self._writer.add_scalar(tags[name], value, step)
         self._writer.flush()
 
-    def heat_map(self, step: int, tag: str, values: np.ndarray) -> None:
-        """A matrix as an image: black for 0, white for the largest value, a square of pixels an element."""
-        shade = values / max(values.max(), 1e-12)
-        self._writer.add_image(tag, shade.repeat(_PIXELS, 0).repeat(_PIXELS, 1), step, dataformats="HW")
+    def heat_map(self, step: int, tag: str, values: np.ndarray, most: float) -> None:
+        """A matrix as an image: a square for each element, white for 0, dark for `most`, and the scale beside it."""
+        shades = np.kron(values / max(most, 1e-12), np.ones((_PIXELS, _PIXELS)))
+        scale = np.linspace(1, 0, len(shades))[:, None].repeat(_PIXELS, 1)
+        image = _colours(np.concatenate((shades, np.zeros((len(shades), _PIXELS)), scale), 1))
+        width = shades.shape[1]
+        image[::_PIXELS, :width] = image[:, : width + 1 : _PIXELS] = 1.0  # lines between the squares
+        self._writer.add_image(tag, image, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
@@ -169,3 +173,9 @@ def _line(row: Mapping[str, Value]) -> str:
         if not isinstance(value, int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
             raise MetricsError(f"{name} of step {row['step']} is {value!r}; metrics are finite numbers or text.")
     return json.dumps(dict(row), allow_nan=False) + "\n"
+
+
+def _colours(shades: np.ndarray) -> np.ndarray:
+    """`[height, width, 3]` of numbers from 0 to 1: white, orange, purple, nearly black."""
+    at, anchors = (0, 0.33, 0.67, 1), np.array([(1, 1, 1), (0.98, 0.62, 0.28), (0.55, 0.16, 0.51), (0.05, 0.03, 0.15)])
+    return np.stack([np.interp(shades, at, channel) for channel in anchors.T], -1)

@@ -18,7 +18,7 @@ def format_line(
 ) -> str:
     """The log line of one step.
 
-        step 120/5000 2.4% | loss 2.3145 | grad norm 0.41 | lr 2.00e-05 | 2,048 context | 4,132 tokens/s
+        step 120/5000 2.4% | loss 2.3145 | grad norm 0.41 | lr 2.00e-05 | 2,048 a row | 4,132 tokens/s
         | 1.2 s/step | eta 3h12m
 
     Args:
@@ -32,7 +32,7 @@ def format_line(
         *([] if eval_loss is None else [f"eval loss {eval_loss:.4f}"]),
         f"grad norm {_two_digits(grad_norm)}",
         f"lr {learning_rate:.2e}",
-        f"{sequence_length:,} context",
+        f"{sequence_length:,} a row",
         f"{tokens_per_second:,.0f} tokens/s",
         f"{step_seconds:.1f} s/step" if step_seconds >= 1 else f"{step_seconds:.3f} s/step",
         "eta unknown" if remaining_seconds is None else f"eta {format_seconds(remaining_seconds)}",

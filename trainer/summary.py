@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +71,24 @@ def describe_changes(previous: Path, config: RunConfig, report: Callable[[str], 
     """Says which keys differ from those that this run was last started with."""
     if not previous.exists():
         return
-    before, now = (_flat(yaml.safe_load(text)) for text in (previous.read_text(), dump_config(config)))
-    changes = [
-        f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before | now) if before.get(key) != now.get(key)
-    ]
+    changes = list(_changes("", yaml.safe_load(previous.read_text()), yaml.safe_load(dump_config(config))))
     if changes:
         report(f"changed since this run was last started: {', '.join(changes)}")
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, branch in tree.items()
-        for key, value in _flat(branch, f"{prefix}.{name}".lstrip(".")).items()
-    }
+def _changes(key: str, before: Any, now: Any) -> Iterator[str]:
+    """A section that is there in one of the two alone is one change."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before | now):
+            yield from _changes(f"{key}.{name}".lstrip("."), before.get(name), now.get(name))
+    elif before != now:
+        yield f"{key} {_in_short(before)} -> {_in_short(now)}"
+
+
+def _in_short(value: Any) -> str:
+    if not isinstance(value, dict):
+        return "none" if value is None else str(value)
+    return f"a section of {len(value)} keys"
 
 
 def summarize(config: RunConfig, stopped_by: str | None, store: CheckpointStore, report: Callable[[str], None]) -> None:

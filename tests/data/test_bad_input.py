@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,14 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, prepared: Prepar
     write_index(tmp_path / "a.idx", np.full(10, 4), np.dtype("<u2"))
     words = r"a:0 of .* has token ids from 5 to 800, but those of data\.tokenizer go from 0 to 799"
     _refused(tmp_path / "a.bin", tmp_path, prepared, words)
+
+
+def test_ids_that_were_damaged_later_are_named_when_they_are_read(corpus_of: Callable[..., Corpus]) -> None:
+    corpus = corpus_of([[1, 2], [3, 1000, 4]])
+    assert corpus.read(0, 0, 2).tolist() == [1, 2]
+    assert corpus.read(1, 0, 1).tolist() == [3]
+    with pytest.raises(DataError, match=r"train\.bin is damaged: document 1 has token ids from 4 to 1000, and the"):
+        corpus.read(1, 1, 3)
 
 
 def test_tokens_with_another_index_are_refused(tmp_path: Path, prepared: Prepared) -> None:

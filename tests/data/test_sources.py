@@ -18,7 +18,7 @@ from farspan.data.indexed import write_index
 from farspan.data.pieces import Position, read_source
 from farspan.data.prepare import Prepared, prepare
 from farspan.data.segments import last_cut
-from farspan.data.sources import Source, list_sources
+from farspan.data.sources import Source, files_left_out, list_sources
 from farspan.data.texts import read_texts
 
 TEXTS = [f"document {number}: " + "some words and more of them, é 漢 😀\n" * (number % 7) for number in range(400)]
@@ -231,6 +231,23 @@ def test_a_cut_is_found_wherever_reading_paused(whole: bytes) -> None:
     for paused in range(len(whole)):
         if last_cut(whole[:paused]) == 0:
             assert last_cut(whole, paused) == last_cut(whole)
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.rst", "c.rst", "below/d.html", "LICENSE", "e.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    (listing,) = list_sources([str(tmp_path)])
+    assert files_left_out(listing).startswith("2 .rst, 1 ")
+    assert files_left_out(listing).endswith(" files, which data.sources.suffixes do not name")
+    assert "1 .html" in files_left_out(listing)
+    assert files_left_out(list_sources([str(tmp_path / "a.txt")])[0]) == ""
+
+
+def test_compressed_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(DataError, match=r"a\.txt\.gz is compressed, which only \.jsonl may be: unpack it first"):
+        list_sources([str(tmp_path / "a.txt.gz")])
 
 
 def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:

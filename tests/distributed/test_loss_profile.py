@@ -68,7 +68,7 @@ def counted() -> dict[str, float]:
                 if row.labels[place] != IGNORED:
                     loss = float(loss_of(torch.tensor(row.tokens[place])))
                     losses[f"length_{2 ** int(math.log2(stop - start))}"].append(loss)
-                    losses[f"position_{2 ** int(math.log2(place - start + 1))}"].append(loss)
+                    losses[f"position_{2 ** int(math.log2(max(1, place - start)))}"].append(loss)
     means = {f"loss_{name}": sum(found) / len(found) for name, found in losses.items()}
     return means | {f"tokens_{name}": len(found) for name, found in losses.items()}
 

@@ -58,6 +58,8 @@ def test_from_files_to_statistics(config: Path, capsys: pytest.CaptureFixture[st
 
     assert main(["data", "show", "tokens", "--document", "0", "--tokens", "10000"]) == 0
     assert "=== document 0 of train, from books.jsonl: tokens 0 to" in capsys.readouterr().out
+    assert main(["data", "show", "tokens", "--source", "program"]) == 0
+    assert "from program: tokens 0 to" in capsys.readouterr().out.splitlines()[0]
     whole = json.loads(Path("tokens/dataset.json").read_text())["splits"]["train"]["tokens"]
     assert main(["data", "show", "tokens", "--tokens", str(whole)]) == 0
     shown = capsys.readouterr().out
@@ -108,6 +110,7 @@ def test_verify_finds_damage(config: Path, capsys: pytest.CaptureFixture[str], d
         (["data", "stats", "tokens", "--source", "x"], "--source x: tokens has books.jsonl, program, notes"),
         (["data", "stats", "tokens", "--shortest", "512", "--longest", "64"], "--shortest 512 is more than"),
         (["data", "show", "tokens", "--document", "99"], "has documents 0 to"),
+        (["data", "show", "tokens", "--source", "none"], "--source none: tokens has "),
         (["data", "show", "tokens", "--start", "9999999"], "has tokens 0 to"),
         (["prepare", "a.yaml", "data.end_of_document=</s>"], "set data.tokenizer as well"),
         (

@@ -71,6 +71,10 @@ def test_configurations_that_we_ship_are_right(file: Path) -> None:
         ("trian.steps=3", "there is no key trian, did you mean 'train'? (keys there: run, launch, model, data, "),
         ("model.hiden_size=3", "there is no key model.hiden_size, did you mean 'hidden_size'? (keys there: preset, "),
         ("checkpoint.zzz=3", "there is no key checkpoint.zzz (keys there: every, keep)"),
+        (
+            "data.blend={parts: {b: {wieght: 3}}}",
+            "there is no key data.blend.parts.b.wieght, did you mean 'weight'? (keys there: ",
+        ),
         ("parallel.contxt=2", "there is no key parallel.contxt, did you mean 'context'? (keys there: context, "),
     ],
 )
@@ -232,7 +236,7 @@ def test_impossible_values_are_refused_by_key(path: Path, overrides: list[str], 
     assert words in message
 
 
-@pytest.mark.parametrize("override", ["deepspeed=3", "deepspeed=[1]", "deepspeed=null"])
+@pytest.mark.parametrize("override", ["deepspeed=3", "deepspeed=[1]"])
 def test_a_refusal_speaks_of_keys_not_of_validators(path: Path, override: str) -> None:
     message = refusal(path, override)
     assert "[" not in message.replace("[1]", "")
@@ -260,6 +264,19 @@ def test_overrides_are_yaml_and_take_precedence(path: Path) -> None:
     assert config.model.qkv_bias is True
     assert config.data.tokenizer is None
     assert config.train.sequence_length == 16
+
+
+def test_null_takes_a_key_of_the_file_away(path: Path) -> None:
+    path.write_text(MINIMAL + "attention: {sparse: {mass: 0.5, most_columns: 64}}\n")
+    sparse = load_config(path, ["attention.sparse.mass=null"]).attention.sparse
+    assert sparse is not None
+    assert (sparse.mass, sparse.most_columns) == (0.9, 64)
+    assert load_config(path, ["attention.sparse=null"]).attention.sparse is None
+
+
+def test_stages_of_a_blend_must_last_as_long_as_the_run(path: Path) -> None:
+    blend = "data.blend={parts: {a: {}}, stages: [{steps: 1, weights: {a: 1}}]}"
+    assert "data.blend.stages end after step 1, and train.steps is 9" in refusal(path, blend, "train.steps=9")
 
 
 def test_overrides_reach_below_sections_that_the_file_lacks(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Rows keep every digit, survive a kill, and can be cut back to a checkpoint; TensorBoard shows the same."""
 
+import io
 import json
 import math
 import multiprocessing
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from farspan.trainer.metrics import TENSORBOARD_TAGS, MetricsError, MetricsFile, TensorBoard
@@ -158,6 +161,21 @@ def test_a_resumed_run_purges_the_steps_after_the_checkpoint(tmp_path: Path) -> 
     second.close()
     assert scalars(tmp_path, "train/loss") == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0, 6: 60.0}
     assert sorted(scalars(tmp_path, "optimizer/learning_rate")) == [1, 2, 3, 4, 5]
+
+
+def test_a_heat_map_has_a_square_for_each_element_and_one_scale_for_all(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, purge_step=None)
+    board.heat_map(1, "map", np.array([[0.0, 0.5, 1.0], [0.25, 0.25, 0.25]]), 1.0)
+    board.heat_map(2, "map", np.array([[0.0, 0.5, 0.5], [0.25, 0.25, 0.25]]), 1.0)
+    board.close()
+    events = EventAccumulator(str(tmp_path), {"images": 0})
+    events.Reload()
+    first, second = (np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in events.Images("map"))
+    assert first.shape == (32, 3 * 16 + 2 * 16, 3)
+    assert (first[8, 8] == 255).all()
+    assert first[8, 40].max() < 50
+    assert (first[8, 24] == second[8, 24]).all()  # not in proportion to the largest value of a step
+    assert (first[8, 24] == second[8, 40]).all()
 
 
 def test_a_name_without_a_tag_is_refused(tmp_path: Path) -> None:

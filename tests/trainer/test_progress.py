@@ -15,7 +15,7 @@ def test_the_line_says_everything() -> None:
         step=120, steps=5000, loss=2.31449, grad_norm=0.4099, step_seconds=1.2345, remaining_seconds=11550.0, **COMMON
     )
     assert line == (
-        "step 120/5000 2.4% | loss 2.3145 | grad norm 0.41 | lr 2.00e-05 | 2,048 context | 4,132 tokens/s"
+        "step 120/5000 2.4% | loss 2.3145 | grad norm 0.41 | lr 2.00e-05 | 2,048 a row | 4,132 tokens/s"
         " | 1.2 s/step | eta 3h12m"
     )
 
@@ -34,7 +34,7 @@ def test_the_line_of_a_step_that_evaluates() -> None:
         tokens_per_second=1_234_567.8,
     )
     assert line == (
-        "step 50/50 100.0% | loss 2.0000 | eval loss 2.5000 | grad norm 12.35 | lr 0.00e+00 | 1,048,576 context"
+        "step 50/50 100.0% | loss 2.0000 | eval loss 2.5000 | grad norm 12.35 | lr 0.00e+00 | 1,048,576 a row"
         " | 1,234,568 tokens/s | 0.012 s/step | eta 0s"
     )
 
@@ -44,7 +44,7 @@ def test_the_first_line_knows_no_eta_and_small_norms_keep_their_digits() -> None
         step=1, steps=3, loss=9.0, grad_norm=0.00123, step_seconds=364.2, remaining_seconds=None, **COMMON
     )
     assert line == (
-        "step 1/3 33.3% | loss 9.0000 | grad norm 1.23e-03 | lr 2.00e-05 | 2,048 context | 4,132 tokens/s"
+        "step 1/3 33.3% | loss 9.0000 | grad norm 1.23e-03 | lr 2.00e-05 | 2,048 a row | 4,132 tokens/s"
         " | 364.2 s/step | eta unknown"
     )
 

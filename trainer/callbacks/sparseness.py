@@ -60,8 +60,10 @@ class Sparseness:
         self._traffic(trainer, record, found)
         if self.recording is not None:
             board = self.recording.tensorboard
-            board.heat_map(record.step, "sparse/density by layer and head", density.cpu().numpy())
-            board.heat_map(record.step, "sparse/work by rank and stage", whole)
+            of_all = np.ones((trainer.config.model.layers, density.shape[1]))  # dense layers compute everything
+            of_all[list(found)] = density.cpu().numpy()
+            board.heat_map(record.step, "sparse/density by layer and head", of_all, 1.0)
+            board.heat_map(record.step, "sparse/work by rank and stage", whole, whole.max())
 
     def _traffic(self, trainer: Trainer, record: StepRecord, found: dict[int, Selected]) -> None:
         """Bytes that a sequence's ranks send for a layer, forward and backward, where it is keys and values alone."""
