@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PYTEST_FLAGS ?=
+# Two at a time: many tests start processes of their own.
+PYTEST := .venv/bin/pytest -n 2 --dist worksteal
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -17,10 +19,10 @@ quickstart: venv ## Train a small decoder on real text, each sequence split over
 	$(BIN)/farspan train configs/quickstart.yaml
 
 test: venv ## Run the CPU tests, with samples of the large products
-	$(BIN)/pytest -m "not full" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not full" $(PYTEST_FLAGS)
 
 test-all: venv ## Run every test that this machine can run, with the whole products
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 lint: venv ## Check style, format and types
 	$(BIN)/ruff check .
