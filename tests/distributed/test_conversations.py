@@ -93,8 +93,11 @@ def test_training_on_answers_does_not_depend_on_the_ranks(pool: Pool, tmp_path: 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"method": "concat", "overlong": "split"}, "holds conversations, which data.method concat .* would cut"),
-        ({"overlong": "split"}, "data.overlong split would cut: set data.method to best_fit or padded"),
+        (
+            {"method": "concat", "overlong": "split"},
+            "which data.method concat .* would cut: set data.method to best_fit or padded, and",
+        ),
+        ({"overlong": "split"}, "data.overlong split would cut: set data.overlong to drop or truncate"),
         ({"method": "decompose", "overlong": "split"}, "holds conversations, which data.method decompose"),
     ],
 )

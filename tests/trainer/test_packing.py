@@ -160,9 +160,12 @@ def test_stages_change_weights_by_steps(prepared: Prepared) -> None:
             [],
             "parts.a.source is 'b', .* set data.blend.parts.a.source to one of notes",
         ),
-        ({"notes": {"min_tokens": 10**6}}, [], "data.blend.parts.notes has no document of 1,000,000 to"),
+        (
+            {"notes": {"min_tokens": 10**6}},
+            [],
+            "parts.notes has no document of 1,000,000 tokens or more among .*, of which the longest has",
+        ),
         ({"notes": {"epochs": 0.1}}, [], "data.blend has .* rows of 512 tokens, and train.steps take 40"),
-        ({"notes": {}, "code": {}}, [{"steps": 3, "weights": {"notes": 1}}], "data.blend has 12 rows"),
         (
             {"notes": {}, "code": {}},
             [{"weights": {"notes": 0}}],
