@@ -52,8 +52,9 @@ class Method:
             unanswered = int(np.count_nonzero(~answered))
             if unanswered == len(answered):
                 raise DataError(
-                    f"none of {unanswered:,} conversations has an answer in its first {self.length:,} tokens, which "
-                    "data.overlong truncate keeps: raise train.sequence_length."
+                    f"none of {unanswered:,} conversations of the {documents.split} split has an answer in its first "
+                    f"{self.length:,} tokens, which data.overlong truncate keeps: raise train.sequence_length, or "
+                    "change what is there (data.sources, data.heldout_fraction, data.blend.parts)."
                 )
             if unanswered:
                 documents = Selection(documents, np.flatnonzero(answered))

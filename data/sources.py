@@ -125,7 +125,8 @@ def files_left_out(listing: Listing) -> str:
     path, taken = Path(listing.source.path).expanduser(), {file.name for file in listing.files}
     if not path.is_dir() or listing.source.path == PYTHON_STDLIB or any(file.kind == "arrow" for file in listing.files):
         return ""
-    suffixes = (*listing.source.suffixes, *_RECORDS)
+    records = () if listing.source.as_one_document else tuple(_RECORDS)
+    suffixes = (*(suffix.lower() for suffix in listing.source.suffixes), *records)
     others = [file for file in text_files(path, ("",)) if not file.name.lower().endswith(suffixes)]
     counts = Counter(file.path.suffix.lower() or "nameless" for file in others if file.name not in taken)
     parts = [f"{count} {suffix}" for suffix, count in counts.most_common(5)]

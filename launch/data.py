@@ -141,7 +141,10 @@ def _of_source(prepared: Prepared, options: argparse.Namespace) -> range:
 
     if options.source not in prepared.sources:
         raise DataError(f"--source {options.source}: {options.directory} has {', '.join(prepared.sources)}")
-    return prepared.sources[options.source][options.split]
+    here = prepared.sources[options.source][options.split]
+    if not here:
+        raise DataError(f"--source {options.source} has no document in the {options.split} split")
+    return here
 
 
 def _open(path: Path) -> Prepared:

@@ -557,10 +557,17 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         branch = branch[section] if isinstance(branch, dict) else None
         if not isinstance(branch, dict):
             raise ConfigError(f"{key} cannot be set: {section} is not a section")
-    if value is None and text.strip():  # null: as if the key were not there, so that its default counts
-        branch.pop(last, None)
+    if value is None and text.strip() and _is_key(sections, last):
+        branch.pop(last, None)  # null: as if the key were not there, so that its default counts
     else:
         branch[last] = value
+
+
+def _is_key(sections: Sequence[str], name: str) -> bool:
+    try:
+        return name in _section_at(sections).model_fields
+    except (KeyError, StopIteration):  # a section that is none, or whose keys are free
+        return False
 
 
 def _one_line(path: Path, error: ValidationError) -> str:

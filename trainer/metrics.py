@@ -146,7 +146,8 @@ class TensorBoard:
         self._writer.flush()
 
     def heat_map(self, step: int, tag: str, values: np.ndarray, most: float) -> None:
-        """A matrix as an image: a square for each element, white for 0, dark for `most`, and the scale beside it."""
+        """A matrix as an image, with its scale beside it: each element a square, white for 0, dark for `most`, grey for
+        NaN."""
         shades = np.kron(values / max(most, 1e-12), np.ones((_PIXELS, _PIXELS)))
         scale = np.linspace(1, 0, len(shades))[:, None].repeat(_PIXELS, 1)
         image = _colours(np.concatenate((shades, np.zeros((len(shades), _PIXELS)), scale), 1))
@@ -178,4 +179,4 @@ def _line(row: Mapping[str, Value]) -> str:
 def _colours(shades: np.ndarray) -> np.ndarray:
     """`[height, width, 3]` of numbers from 0 to 1: white, orange, purple, nearly black."""
     at, anchors = (0, 0.33, 0.67, 1), np.array([(1, 1, 1), (0.98, 0.62, 0.28), (0.55, 0.16, 0.51), (0.05, 0.03, 0.15)])
-    return np.stack([np.interp(shades, at, channel) for channel in anchors.T], -1)
+    return np.stack([np.nan_to_num(np.interp(shades, at, channel), nan=0.8) for channel in anchors.T], -1)

@@ -90,11 +90,13 @@ def _shares(config: RunConfig, names: list[str], text: Table, weights: NDArray[n
                 f"data.blend.parts.{name} has no rows of a length of which there are enough for a step: lower "
                 "train.tokens_per_step or data.decompose.shortest, or leave the part out."
             )
-    if mixture == "natural":
-        return mix(text, weights, None)
-    wanted = np.ones(len(lengths)) if mixture == "equal" else np.array(mixture)
+    wanted = None
+    if mixture != "natural":
+        wanted = text.any(0) * (np.ones(len(lengths)) if mixture == "equal" else np.array(mixture))
+    if config.data.blend is None:  # nothing to fit: equal shares stay equal to the last bit
+        return text if wanted is None else wanted[None]
     try:
-        return mix(text, weights, wanted * text.any(0))
+        return mix(text, weights, wanted)
     except MixingError as error:
         raise DataError(
             f"data.blend gives {names[error.part]} {weights[error.part] / weights.sum():.1%} of the tokens, of which "

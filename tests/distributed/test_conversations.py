@@ -143,7 +143,7 @@ def test_conversations_that_are_truncated_before_their_answers_are_left_out(tmp_
 def test_no_conversation_that_is_answered_in_time_is_an_error(tmp_path: Path, prepared: Path) -> None:
     train = {"sequence_length": 16, "tokens_per_step": 32}
     with pytest.raises(
-        ConfigError, match=r"none of \d+ conversations has an answer in its first 16 tokens, .*: raise tr"
+        ConfigError, match=r"none of \d+ conversations of the train split has an answer in its first 16 .*: raise tr"
     ):
         check(config_of(tmp_path, prepared, **TRUNCATED, train=train), 1)
 

@@ -111,6 +111,10 @@ def test_verify_finds_damage(config: Path, capsys: pytest.CaptureFixture[str], d
         (["data", "stats", "tokens", "--shortest", "512", "--longest", "64"], "--shortest 512 is more than"),
         (["data", "show", "tokens", "--document", "99"], "has documents 0 to"),
         (["data", "show", "tokens", "--source", "none"], "--source none: tokens has "),
+        (
+            ["data", "show", "tokens", "--source", "program", "--split", "heldout"],
+            "--source program has no document in the heldout split",
+        ),
         (["data", "show", "tokens", "--start", "9999999"], "has tokens 0 to"),
         (["prepare", "a.yaml", "data.end_of_document=</s>"], "set data.tokenizer as well"),
         (

@@ -70,6 +70,8 @@ def test_configurations_that_we_ship_are_right(file: Path) -> None:
         ("train.stepz=3", "there is no key train.stepz, did you mean 'steps'? (keys there: steps, tokens_per_step, "),
         ("trian.steps=3", "there is no key trian, did you mean 'train'? (keys there: run, launch, model, data, "),
         ("model.hiden_size=3", "there is no key model.hiden_size, did you mean 'hidden_size'? (keys there: preset, "),
+        ("train.stpes=null", "there is no key train.stpes, did you mean 'steps'? (keys there: steps, "),
+        ("trian.steps=null", "there is no key trian, did you mean 'train'? (keys there: run, launch, model, data, "),
         ("checkpoint.zzz=3", "there is no key checkpoint.zzz (keys there: every, keep)"),
         (
             "data.blend={parts: {b: {wieght: 3}}}",

@@ -20,6 +20,7 @@ from farspan.trainer.config import RunConfig
 from farspan.trainer.describe_schedule import describe_schedule
 from farspan.trainer.first_rows import training_steps
 from farspan.trainer.packing import describe_rows
+from farspan.trainer.token_shares import shares_of_stages
 from farspan.trainer.trainer import StepRecord
 
 STEPS, STEP = 240, 1024
@@ -57,6 +58,13 @@ def config_of(parts: dict[str, Any], stages: list[Any] | None = None, cycles: in
             "train": {"steps": STEPS, "tokens_per_step": STEP, "sequence_length": 256, "dtype": "fp32"},
         }
     )
+
+
+def test_equal_shares_of_what_is_not_blended_are_equal_to_the_last_bit() -> None:
+    tree = config_of({"short": {}}, mixture="equal").model_dump()
+    tree["data"]["blend"] = None
+    text = np.array([[7.0e5, 3.0e5, 1.1e5, 9.0e4, 5.0e4]])
+    assert shares_of_stages(RunConfig.model_validate(tree), [""], text)[0].tolist() == [[1.0] * 5]
 
 
 WEIGHTS = {"short": {"weight": 0.2}, "mixed": {"weight": 0.5}, "long": {"weight": 0.3}}

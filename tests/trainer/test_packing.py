@@ -229,6 +229,17 @@ def test_a_run_is_resumed_with_the_same_rows_only(prepared: Prepared, tmp_path: 
         {"data.blend.parts (in order)"},
         {"data.blend.parts (in order)", "data.blend.parts.notes", "data.blend.parts.code", "data.blend.stages"},
     ]
+    bare = {"notes": {}, "code": {}}
+    weights = {"notes": 1.0, "code": 2.0}
+    begun, extended, other = (
+        identity(method="best_fit", blend={"parts": bare, "stages": [{"steps": first, "weights": weights}, last]})
+        for first, last in (
+            (2, {"steps": 1000, "weights": weights}),
+            (2, {"steps": 2000, "weights": weights}),
+            (3, {"steps": 1000, "weights": weights}),
+        )
+    )
+    assert begun == extended != other
     # What tokens see may change, and so may how long a run is.
     assert identity(growing_window={"steps": 5}) == identity()
 

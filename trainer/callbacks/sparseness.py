@@ -60,7 +60,7 @@ class Sparseness:
         self._traffic(trainer, record, found)
         if self.recording is not None:
             board = self.recording.tensorboard
-            of_all = np.ones((trainer.config.model.layers, density.shape[1]))  # dense layers compute everything
+            of_all = np.full((trainer.config.model.layers, density.shape[1]), np.nan)  # other layers select nothing
             of_all[list(found)] = density.cpu().numpy()
             board.heat_map(record.step, "sparse/density by layer and head", of_all, 1.0)
             board.heat_map(record.step, "sparse/work by rank and stage", whole, whole.max())

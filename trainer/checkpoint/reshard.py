@@ -52,7 +52,13 @@ class SavedShards:
         return State(shard[weights], [states[flat] for flat in range(len(shard[weights]))])
 
     def _open(self, pattern: str) -> dict[str, Any]:
-        (file,) = self._directory.glob(pattern)
+        files = list(self._directory.glob(pattern))
+        if len(files) != 1:
+            raise ConfigError(
+                f"{self._directory} has {len(files)} files {pattern} where one is expected, so that its state cannot "
+                "be divided anew; set launch.processes to start as many ranks as wrote it"
+            )
+        (file,) = files
         found: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
         return found
 
@@ -148,7 +154,12 @@ def _sizes(state: State) -> list[int]:
 
 
 def _require_no_gaps(shard: Mapping[str, Any]) -> None:
-    """Where parameters lie in a shard follows from their sizes alone."""
+    """Where parameters lie in a shard follows from their sizes alone, and it holds its padding."""
+    if isinstance(shard.get("base_optimizer_state"), list):
+        raise ConfigError(
+            "deepspeed.zero_optimization.elastic_checkpoint lays optimizer state out in a way that is not divided anew "
+            "here; leave it out, and start as many ranks as wrote the checkpoint"
+        )
     if any(any(gaps) for gaps in shard.get("param_alignment_paddings", ())):
         raise ConfigError(
             "deepspeed.zero_optimization.parameter_alignment lays optimizer state out in a way that cannot be divided "

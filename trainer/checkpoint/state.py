@@ -104,7 +104,9 @@ def _samples_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         parts = data.blend.parts
         found["data.blend.parts (in order)"] = list(parts)  # each one's seed is that of its place
         found |= {f"data.blend.parts.{name}": part.model_dump() for name, part in parts.items()}
-        found["data.blend.stages"] = [stage.model_dump() for stage in data.blend.stages]
+        stages = [stage.model_dump() for stage in data.blend.stages]
+        # A run may become longer, and its last stage with it.
+        found["data.blend.stages"] = [*stages[:-1], *({**stage, "steps": None} for stage in stages[-1:])]
     if data.method == "decompose":
         found |= {f"data.decompose.{key}": value for key, value in data.decompose.model_dump().items()}
         found |= {
