@@ -125,12 +125,12 @@ def files_left_out(listing: Listing) -> str:
     path, taken = Path(listing.source.path).expanduser(), {file.name for file in listing.files}
     if not path.is_dir() or listing.source.path == PYTHON_STDLIB or any(file.kind == "arrow" for file in listing.files):
         return ""
-    records = () if listing.source.as_one_document else tuple(_RECORDS)
-    suffixes = (*(suffix.lower() for suffix in listing.source.suffixes), *records)
+    suffixes = tuple(suffix.lower() for suffix in _suffixes(listing.source))
     others = [file for file in text_files(path, ("",)) if not file.name.lower().endswith(suffixes)]
     counts = Counter(file.path.suffix.lower() or "nameless" for file in others if file.name not in taken)
-    parts = [f"{count} {suffix}" for suffix, count in counts.most_common(5)]
-    rest = counts.total() - sum(count for _, count in counts.most_common(5))
+    most = counts.most_common(5)
+    parts = [f"{count} {suffix}" for suffix, count in most]
+    rest = counts.total() - sum(count for _, count in most)
     parts += [f"{rest} other"] if rest else []
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
     return f"{listed} files, which data.sources.suffixes do not name" if parts else ""
@@ -198,13 +198,17 @@ def _folder(path: Path, source: Source) -> Iterator[InputFile]:
         for part in state["_data_files"]:
             yield _input(path / part["filename"], part["filename"], "arrow")
         return
-    records = () if source.as_one_document else tuple(_RECORDS)
-    documents = text_files(path, (*source.suffixes, *records))
+    documents = text_files(path, _suffixes(source))
     if not documents:
         raise DataError(
             f"data.sources names the folder {source.path!r}, which holds no {' or '.join(source.suffixes)} file."
         )
     yield from _text(documents, source)
+
+
+def _suffixes(source: Source) -> tuple[str, ...]:
+    """Of the files of a folder that are read."""
+    return (*source.suffixes, *(() if source.as_one_document else _RECORDS))
 
 
 def _text(documents: Sequence[Document], source: Source) -> Iterator[InputFile]:

@@ -97,26 +97,28 @@ def test_a_preparation_that_stopped_goes_on_to_the_same_notes(
     assert sum(stopped.documents.values()) == COUNT + 1
 
 
-def test_a_conversation_that_the_template_refuses_is_named(questions: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}",
+            ".* refuses a conversation of tool: no tools",
+        ),
+        (
+            "{% if messages[0].role == 'tool' %}\n{{ 1 + messages[0].content }}{% endif %}",
+            r".*strict\.jinja .* fails in line 2 .* tool \(TypeError: ",
+        ),
+    ],
+)
+def test_a_conversation_that_the_template_does_not_take_is_named(
+    questions: Path, tmp_path: Path, text: str, said: str
+) -> None:
     template = tmp_path / "strict.jinja"
-    template.write_text("{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}")
+    template.write_text(text)
     turns = [{"role": role, "content": "x"} for role in ("tool", "assistant")]
     with questions.open("a") as file:
         file.write(json.dumps({"messages": turns}) + "\n")
-    with pytest.raises(
-        DataError, match=r"^questions\.jsonl:51 of questions: .* refuses a conversation of tool: no tools"
-    ):
-        prepare_them(tmp_path / "prepared", Source(str(questions), "questions", chat_template=str(template)))
-
-
-def test_a_conversation_that_the_template_fails_on_is_named(questions: Path, tmp_path: Path) -> None:
-    template = tmp_path / "broken.jinja"
-    template.write_text("{% if messages[0].role == 'tool' %}\n{{ 1 + messages[0].content }}{% endif %}")
-    turns = [{"role": role, "content": "x"} for role in ("tool", "assistant")]
-    with questions.open("a") as file:
-        file.write(json.dumps({"messages": turns}) + "\n")
-    said = r"^questions\.jsonl:51 of questions: .*broken\.jinja .* fails in line 2 .* tool \(TypeError: "
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=rf"^questions\.jsonl:51 of questions: {said}"):
         prepare_them(tmp_path / "prepared", Source(str(questions), "questions", chat_template=str(template)))
 
 
