@@ -108,7 +108,7 @@ class Blend:
     def taken(self, samples: int) -> dict[str, Taken]:
         """What the first `samples` samples take of each part; of tokens as many as its rows have on average."""
         found = {}
-        for (name, part), count in zip(self.parts.items(), self._segment(samples).counts(samples), strict=True):
+        for part, (name, count) in zip(self._parts, self.counts(samples).items(), strict=True):
             epochs = count / len(part.rows)
             found[name] = Taken(count, round(epochs * part.tokens), epochs)
         return found
