@@ -5,9 +5,10 @@
 The text is the sources of Python's standard library and of PyTorch in long documents, with needles: here and there a
 comment has a key and two words for it, drawn for this document, and behind it, at distances of all scales, the comment
 is there again. A small decoder learns rows of each of `--lengths` but the last, one after the other, for to look
-something up is learnt in short rows. From its weights two runs learn rows of the last length, one with dense and one
-with `attention.sparse`, each on a GPU of its own where there are two. Then both are asked, with dense attention, for
-the words of needles in unread texts as long as their rows: the share of needles whose two words they say is the recall.
+something up is learnt in short rows. From its weights runs learn rows of the last length, one with dense attention and
+one with `attention.sparse` for each of `--masses`, side by side where there are several GPUs. Then all are asked, with
+dense attention, for the words of needles in unread texts as long as their rows: the share of needles whose two words
+they say is the recall. A call that was cut off goes on where it is made again, with the runs' checkpoints.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ from farspan.trainer.config import load_run_config
 from farspan.trainer.preflight import with_vocabulary
 from farspan.trainer.process_group import start_process_group
 
-VARIANTS = ("dense", "sparse")
 _NEEDLE_CHARACTERS = 1800  # one needle in so many
 _ANSWER_TOKENS = 12
 _AGAIN = 12  # times that a needle of a training text is there again
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--megabytes", type=float, default=1e9, help="of text, at most")
-    parser.add_argument("--mass", type=float, default=0.9)
+    parser.add_argument("--masses", type=numbers, default=[0.9, 0.95], help="`attention.sparse.mass`, a run for each")
     parser.add_argument("--texts", type=int, default=4, help="unread texts, each with 32 questions")
     parser.add_argument("--plot", type=Path, help="picture of the two runs; needs matplotlib")
     parser.add_argument("--results", type=Path, help="draw those of an earlier call (its results.json) alone")
@@ -78,16 +78,24 @@ def main() -> None:
     for stage in stages:
         command(folder, "train", stage)
     gpus = max(1, torch.cuda.device_count())
-    with ThreadPoolExecutor(len(VARIANTS) if gpus > 1 else 1) as pool:
-        results = dict(zip(VARIANTS, pool.map(lambda i: extend(folder, VARIANTS[i], i % gpus), range(len(VARIANTS)))))
+    variants = variants_of(options)
+    with ThreadPoolExecutor(len(variants) if gpus > 1 else 1) as pool:
+        found = pool.map(lambda variant, i: extend(folder, variant, i % gpus), variants, range(len(variants)))
+        results = dict(zip(variants, found, strict=True))
     (folder / "results.json").write_text(json.dumps(results))
     report(results)
     if options.plot:
         plot(results, options.plot)
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+def numbers(text: str) -> list[Any]:
+    return [json.loads(number) for number in text.split(",")]
+
+
+def variants_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Their `attention` by name."""
+    sparse = {"report_every": max(1, options.steps[-1] // 15)}
+    return {"dense": {}} | {f"mass_{mass:g}": {"sparse": {"mass": mass, **sparse}} for mass in options.masses}
 
 
 def write_texts(folder: Path, options: argparse.Namespace) -> None:
@@ -157,7 +165,7 @@ def configurations(folder: Path, options: argparse.Namespace) -> None:
         "launch": {"processes": 1},
         "parallel": {"plan": "single", "order": "contiguous"},
         "eval": {"rows": 16},
-        "checkpoint": {"every": 1_000_000, "keep": 1},
+        "checkpoint": {"every": 500, "keep": 1},
     }
     stages: dict[str, dict[str, Any]] = {}
     *short, long = zip(options.lengths, options.steps, strict=True)
@@ -165,12 +173,10 @@ def configurations(folder: Path, options: argparse.Namespace) -> None:
     for length, steps in short:
         stages[str(length)] = stage(folder, length, steps, 1.5e-3, before)
         before, before_length = str(length), length
-    for variant in VARIANTS:
-        stages[variant] = stage(folder, *long, 5e-4, before)
+    for variant, attention in variants_of(options).items():
+        stages[variant] = stage(folder, *long, 5e-4, before) | {"attention": attention}
         # Rotary frequencies slow down with the length of rows, and some more.
         stages[variant]["model"] = {"rotary_theta": 10_000.0 * 2 * long[0] / before_length}
-    sparse = {"mass": options.mass, "report_every": max(1, long[1] // 15)}
-    stages["sparse"]["attention"] = {"sparse": sparse}
     for name, sections in stages.items():
         # All rows of a step at once: small models are bound by the host otherwise.
         sections["train"]["micro_batch_rows"] = options.tokens_per_step // sections["train"]["sequence_length"]
@@ -248,23 +254,32 @@ def report(results: dict[str, dict[str, Any]]) -> None:
         cells += [f"needles {result['recall']:.1%} of {result['asked']}", f"by distance {result['recall_by_quarter']}"]
         cells += [f"{last['step_seconds']:.3f} s a step"]
         cells += [f"{name} {sparse[name]:.3f}" for name in ("sparse_density", "sparse_recall") if name in sparse]
-        print(f"{variant:7} {'  '.join(cells)}", flush=True)
+        print(f"{variant:9} {'  '.join(cells)}", flush=True)
 
 
 def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, densities = figure.subplots(1, 2)
-    for variant, result in results.items():
-        losses.plot([m["step"] for m in result["metrics"]], [m["loss"] for m in result["metrics"]], label=variant, lw=1)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (losses, ratios), (shares, recalls) = figure.subplots(2, 2)
+    dense = [m["loss"] for m in results["dense"]["metrics"]]
+    width = 0.8 / len(results)
+    for i, (variant, result) in enumerate(results.items()):
+        steps, loss = ([m[name] for m in result["metrics"]] for name in ("step", "loss"))
+        color = f"C{i}"
+        losses.plot(steps, loss, color, label=variant, lw=1)
+        if variant != "dense":
+            ratios.plot(steps, [100 * (x / of_dense - 1) for x, of_dense in zip(loss, dense)], color, lw=1)
+        for name, style in (("sparse_density", "-"), ("sparse_recall", "o")):
+            reports = [m for m in result["metrics"] if name in m]
+            shares.plot([m["step"] for m in reports], [m[name] for m in reports], style, color=color, lw=1)
+        found = [share or 0 for share in result["recall_by_quarter"]]
+        recalls.bar([quarter + i * width for quarter in range(4)], found, width, color=color)
     losses.set(xlabel="step", ylabel="training loss")
     losses.legend()
-    reports = [m for m in results["sparse"]["metrics"] if "sparse_density" in m]
-    for name, label in (("sparse_density", "tiles computed"), ("sparse_recall", "attention covered")):
-        densities.plot([m["step"] for m in reports], [m.get(name) for m in reports], label=label)
-    densities.set(xlabel="step", ylabel="share", ylim=(0, 1))
-    densities.legend()
+    ratios.set(xlabel="step", ylabel="training loss above dense, %")
+    shares.set(xlabel="step", ylabel="tiles computed (line), attention covered (dots)", ylim=(0, 1))
+    recalls.set(xlabel="quarters of the text that lie between", xticks=range(4), ylabel="needles found", ylim=(0, 1))
     figure.savefig(file, dpi=110)
 
 

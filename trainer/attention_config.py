@@ -83,8 +83,9 @@ class SparseSection(Section):
     """Rows of a probe set, from whose attention a selection is estimated: the last ones of a sequence."""
     segments: int = Field(1, gt=0)
     """Equal parts of a sequence, each with a probe set at its end."""
-    documents: int = Field(0, ge=0)
-    """How many of a sequence's documents, the longest, have a probe set at their ends as well."""
+    documents: int = Field(1, ge=0)
+    """How many of a sequence's documents, the longest, have a probe set at their ends as well; where the sequence ends
+    with one of them, that is no other set."""
     sinks: int = Field(30, ge=0)
     """First tokens of a sequence, which are always selected."""
     local_blocks: int = Field(2, gt=0)

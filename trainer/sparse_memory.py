@@ -78,7 +78,8 @@ def estimation_bytes(config: RunConfig, sparse: SparseSection, slots: int) -> in
         return _COPIES_OF_KEYS * of_key * length + _ROW_BLOCKS * cells * _CELL
     if sparse.estimator == "moba":
         return of_key * slots + _COPIES_OF_INDEX * index_bytes(config, sparse)
-    probes = sparse.probes * (sparse.segments + sparse.documents)
+    documents = 0 if config.attention.across_documents else sparse.documents
+    probes = sparse.probes * (sparse.segments + documents)
     # What the passes over the probes' scores leave, and ranking.
     of_head = slots * _SCORE + -(-slots // TILE) * probes * _PARTIAL
     return train.micro_batch_rows * heads * of_head

@@ -15,10 +15,10 @@ class VerticalSlash:
     """How a `VerticalSlashIndex` is chosen from what some rows, the probes, attend to.
 
     `mass`: share of the probes' attention that is computed. `probes`: rows that are looked at, the last of the whole
-    row; of each of `segments` equal parts of it; and of its longest `documents`, so many, as well. `sinks`: first
-    tokens of the row that are always columns. `local_blocks`: diagonals of blocks, from 0 on, that are always computed.
-    `most_columns` and `most_diagonals` bound the work of what is chosen besides these; a diagonal costs as much as 128
-    columns.
+    row; of each of `segments` equal parts of it; and of its longest `documents`, so many, as well, for the last rows of
+    a row that ends with a short document see nothing far away. `sinks`: first tokens of the row that are always
+    columns. `local_blocks`: diagonals of blocks, from 0 on, that are always computed. `most_columns` and
+    `most_diagonals` bound the work of what is chosen besides these; a diagonal costs as much as 128 columns.
 
     The defaults of `sinks` and `local_blocks` are those of MTraining's fixed budgets: 30 tokens, a window of 100.
     """
@@ -26,7 +26,7 @@ class VerticalSlash:
     mass: float = 0.9
     probes: int = 64
     segments: int = 1
-    documents: int = 0
+    documents: int = 1
     sinks: int = 30
     local_blocks: int = 2
     most_columns: int = 4096
