@@ -81,6 +81,7 @@ def main() -> None:
     variants = variants_of(options)
     with ThreadPoolExecutor(len(variants) if gpus > 1 else 1) as pool:
         found = pool.map(lambda variant, i: extend(folder, variant, i % gpus), variants, range(len(variants)))
+        print(f"before: {recall(asked(folder, stages[-1], gpus - 1))}, in texts of {stages[-1]} tokens", flush=True)
         results = dict(zip(variants, found, strict=True))
     (folder / "results.json").write_text(json.dumps(results))
     report(results)
@@ -196,10 +197,15 @@ def stage(folder: Path, length: int, steps: int, rate: float, before: str | None
 
 def extend(folder: Path, variant: str, gpu: int) -> dict[str, Any]:
     command(folder, "train", variant, gpu)
-    answers = folder / f"{variant}.json"
-    run([sys.executable, __file__, "--folder", str(folder), "--ask", str(folder / "runs" / variant), str(answers)], gpu)
     lines = (folder / "runs" / variant / "metrics.jsonl").read_text().splitlines()
-    return {"metrics": [json.loads(line) for line in lines], **json.loads(answers.read_text())}
+    return {"metrics": [json.loads(line) for line in lines], **asked(folder, variant, gpu)}
+
+
+def asked(folder: Path, name: str, gpu: int) -> dict[str, Any]:
+    answers = folder / f"{name}.json"
+    run([sys.executable, __file__, "--folder", str(folder), "--ask", str(folder / "runs" / name), str(answers)], gpu)
+    found: dict[str, Any] = json.loads(answers.read_text())
+    return found
 
 
 def command(folder: Path, verb: str, name: str, gpu: int = 0) -> None:
@@ -234,9 +240,9 @@ def ask(folder: Path, answers: Path) -> None:
             quarter = 4 * (len(text) - places[key]) // (len(text) + 1)
             found[quarter].append(said.strip().startswith(needles_of(file)[key]))
     everything = [x for quarter in found for x in quarter]
-    recall: dict[str, Any] = {"recall": sum(everything) / len(everything), "asked": len(everything)}
-    recall |= {"recall_by_quarter": [sum(x) / len(x) if x else None for x in found]}
-    answers.write_text(json.dumps(recall))
+    found_at: dict[str, Any] = {"recall": sum(everything) / len(everything), "asked": len(everything)}
+    found_at |= {"recall_by_quarter": [sum(x) / len(x) if x else None for x in found]}
+    answers.write_text(json.dumps(found_at))
     mesh.destroy()
     dist.destroy_process_group()
 
@@ -251,10 +257,15 @@ def report(results: dict[str, dict[str, Any]]) -> None:
         last = result["metrics"][-1]
         sparse: dict[str, float] = next((m for m in reversed(result["metrics"]) if "sparse_density" in m), {})
         cells = [f"held-out loss {last['eval_loss']:.4f}", f"train loss {last['loss']:.4f}"]
-        cells += [f"needles {result['recall']:.1%} of {result['asked']}", f"by distance {result['recall_by_quarter']}"]
+        cells += [recall(result)]
         cells += [f"{last['step_seconds']:.3f} s a step"]
         cells += [f"{name} {sparse[name]:.3f}" for name in ("sparse_density", "sparse_recall") if name in sparse]
         print(f"{variant:9} {'  '.join(cells)}", flush=True)
+
+
+def recall(answers: dict[str, Any]) -> str:
+    quarters = ", ".join("-" if share is None else f"{share:.0%}" for share in answers["recall_by_quarter"])
+    return f"needles {answers['recall']:.1%} of {answers['asked']} (by quarters of distance {quarters})"
 
 
 def plot(results: dict[str, dict[str, Any]], file: Path) -> None:

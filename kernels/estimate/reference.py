@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from farspan.kernels.estimate.probes import Probes
+from farspan.kernels.estimate.select import ranked
 from farspan.kernels.estimate.settings import VerticalSlash
 from farspan.kernels.estimate.units import NOTHING, QUARTERS, STANDS_OUT, WEIGHT_BITS
 from farspan.kernels.tiles import TILE
@@ -42,13 +43,13 @@ def row_weights(q: Tensor, k: Tensor, probes: Probes, scale: float) -> tuple[Ten
 def column_scores(
     q: Tensor, k: Tensor, probes: Probes, scale: float, lse: Tensor, bits: int, settings: VerticalSlash
 ) -> tuple[Tensor, Tensor]:
-    """What each key gets from all probes as a column, and what is always computed and what there is in all.
+    """What each key gets from all probes as a column; and what is always computed, in all, and in columns.
 
     A set's quarters of rows all have to attend to a column, for else it is crossed by diagonals: it counts as four
     times what the quarter that attends least gives. And it has to get STANDS_OUT times its even share of its tile, for
     else the tile is the cheaper choice. lse `[B, H, probes]` is to base 2; masses count `2 ** -bits` of a row.
 
-    Returns int64 `[B, H, N]` and int64 `[B, H, 2]`, always computed and in all.
+    Returns int64 `[B, H, N]`, `ranked` by position, and the three sums int64 `[B, H, 3]`.
     """
     scores = q.new_zeros(*q.shape[:2], len(probes.k_blocks) * TILE, dtype=torch.int64)
     sums = q.new_zeros(*q.shape[:2], 2, dtype=torch.int64)
@@ -60,7 +61,9 @@ def column_scores(
         least = open_.unflatten(2, (QUARTERS, -1)).sum(3).amin(2) * QUARTERS
         stands_out = least * TILE >= of_tile[..., None] * STANDS_OUT
         scores[:, :, tile.number * TILE : (tile.number + 1) * TILE] += torch.where(stands_out, least, 0)
-    return scores[..., : probes.keys], sums
+    positions = (probes.k_blocks.long()[:, None] * TILE + torch.arange(TILE, device=scores.device)).flatten()
+    sums = torch.cat([sums, scores.sum(-1, keepdim=True)], -1)
+    return ranked(scores, positions)[..., : probes.keys], sums
 
 
 def diagonal_masses(

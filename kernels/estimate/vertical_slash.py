@@ -92,15 +92,14 @@ def vertical_slash(
 
     exponents, weights = passes.row_weights(*given)
     lse = _denominators(exponents, weights, holders)
-    scores, sums = passes.column_scores(*given, lse, bits, settings)
-    sums = holders.total(torch.cat([sums, scores.sum(-1, keepdim=True)], -1))
-    always, in_all, in_columns = sums.unbind(-1)
+    candidates, sums = passes.column_scores(*given, lse, bits, settings)
+    always, in_all, in_columns = holders.total(sums).unbind(-1)
     wanted = share(in_all, settings.mass if budgets is None else 1.0)
     # Columns take what `mass` of them has, at most what is wanted of all; a score is never above a column's mass.
     target = torch.minimum(share(in_columns, settings.mass), wanted - always)
     if budgets is not None:
         target = torch.full_like(target, _ALL)
-    columns = _columns(scores, k_positions, target, settings.most_columns, length, holders)
+    columns = _columns(candidates, target, settings.most_columns, length, holders)
     columns = _first(columns, None if budgets is None else budgets.columns, length)
     chosen = _at_slots(columns, k_positions)
     left = passes.diagonal_masses(*given, lse, bits, settings, chosen)
@@ -122,12 +121,11 @@ def _denominators(exponents: Tensor, sums: Tensor, holders: Holders) -> Tensor:
     return torch.where(total > 0, log, 0.0).float()
 
 
-def _columns(scores: Tensor, k_positions: Tensor, target: Tensor, most: int, length: int, holders: Holders) -> Tensor:
+def _columns(candidates: Tensor, target: Tensor, most: int, length: int, holders: Holders) -> Tensor:
     """Positions int32 `[B, H, most]` of the chosen columns, the strongest first; `length` where there are fewer."""
     # The strongest of all holders are among the strongest of each.
-    candidates = strongest(ranked(scores, k_positions).flatten(0, 1), most)
-    chosen = holders.choose(candidates, target.flatten(), min(most, length), length)
-    return chosen.unflatten(0, scores.shape[:2])
+    own = strongest(candidates.flatten(0, 1), most)
+    return holders.choose(own, target.flatten(), min(most, length), length).unflatten(0, target.shape)
 
 
 def _at_slots(columns: Tensor, k_positions: Tensor) -> Tensor:

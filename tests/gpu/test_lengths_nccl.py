@@ -23,13 +23,21 @@ def train(folder: Path, prepared: Path, *overrides: str) -> list[dict[str, Any]]
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    one = ["launch.processes=1", "parallel.context=1", "parallel.tokens_per_rank=2048"]
+    return train(tmp_path_factory.mktemp("alone"), prepared, *one)
+
+
 @pytest.mark.multigpu
 @pytest.mark.parametrize("workers", [0, 2])
-def test_two_gpus_train_like_one(tmp_path: Path, workers: int) -> None:
-    prepared = prepare_small(tmp_path)
-    one = ["launch.processes=1", "parallel.context=1", "parallel.tokens_per_rank=2048"]
-    alone = train(tmp_path / "alone", prepared, *one)
-    both = train(tmp_path / "both", prepared, f"data.workers={workers}")
+def test_two_gpus_train_like_one(tmp_path: Path, prepared: Path, alone: list[dict[str, Any]], workers: int) -> None:
+    both = train(tmp_path, prepared, f"data.workers={workers}")
     assert {row["context"] for row in both} == {1, 2}
     assert [row["sequence_length"] for row in both] == [row["sequence_length"] for row in alone]
     difference = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(alone, both, strict=True))

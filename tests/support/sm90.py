@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from farspan.kernels.estimate.units import NOTHING, QUARTERS, STANDS_OUT, WEIGHT_BITS
+from farspan.kernels.estimate.units import NOTHING, PLACE_BITS, QUARTERS, STANDS_OUT, WEIGHT_BITS
 from farspan.kernels.tiles import TILE
 from farspan.kernels.triton.estimate import kernels as estimate
 from farspan.kernels.triton.estimate.launch import WARPS
@@ -171,12 +171,13 @@ def portable_kernel(name: str, kernel: Any, dim: int, shape: Shape, own: dict[st
 
 
 def estimate_kernels(dim: int) -> None:
-    signature = dict.fromkeys(("q", "k"), "*bf16") | dict.fromkeys(("scores_out", "masses_out", "left"), "*i64")
+    signature = dict.fromkeys(("q", "k"), "*bf16") | dict.fromkeys(("ranked", "totals", "left"), "*i64")
     signature |= dict.fromkeys(("exponents", "sums", "blocks", "k_blocks", "first_block"), "*i32") | {"chosen": "*u8"}
     constants = {"GROUP": 4, "DIM": dim, "PADDED_DIM": dim, "SIZE": 64, "TILE": TILE}
+    counting = {"QUARTERS": QUARTERS, "STANDS_OUT": STANDS_OUT, "PLACE_BITS": PLACE_BITS}
     own: dict[str, tuple[Any, dict[str, Any]]] = {
         "row weights": (estimate.row_weights_kernel, {"NONE": NOTHING, "UNIT": 2.0**WEIGHT_BITS}),
-        "column scores": (estimate.column_scores_kernel, {"QUARTERS": QUARTERS, "STANDS_OUT": STANDS_OUT}),
+        "column scores": (estimate.column_scores_kernel, counting),
         "diagonal masses": (estimate.diagonal_masses_kernel, {}),
     }
     for name, (kernel, more) in own.items():

@@ -77,10 +77,11 @@ def column_scores_kernel(
     unit,
     local_blocks,
     sinks,
-    scores_out,  # [B, H, N]
-    masses_out,  # [B, H, key tiles, 2]
+    ranked,  # [B, H, N]
+    totals,  # [B, H, key tiles, 3]
     QUARTERS: tl.constexpr,
     STANDS_OUT: tl.constexpr,
+    PLACE_BITS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -109,10 +110,13 @@ def column_scores_kernel(
             always += of_all - of_tile
             in_all += of_all
     slot = tile * TILE + tl.arange(0, TILE)
-    tl.store(scores_out + line * keys + slot, columns, mask=slot < keys)
-    at = masses_out + (line * tl.num_programs(1) + tile) * 2
+    position = block * TILE + tl.arange(0, TILE)
+    candidates = (columns << PLACE_BITS) | ((1 << PLACE_BITS) - 1 - position)
+    tl.store(ranked + line * keys + slot, candidates, mask=slot < keys)
+    at = totals + (line * tl.num_programs(1) + tile) * 3
     tl.store(at, always)
     tl.store(at + 1, in_all)
+    tl.store(at + 2, tl.sum(columns, 0))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from farspan.kernels.estimate.probes import Probes
 from farspan.kernels.estimate.settings import VerticalSlash
-from farspan.kernels.estimate.units import NOTHING, QUARTERS, STANDS_OUT, WEIGHT_BITS
+from farspan.kernels.estimate.units import NOTHING, PLACE_BITS, QUARTERS, STANDS_OUT, WEIGHT_BITS
 from farspan.kernels.tiles import TILE
 from farspan.kernels.triton.estimate.kernels import column_scores_kernel, diagonal_masses_kernel, row_weights_kernel
 from farspan.kernels.triton.tensors import last_contiguous, strided
@@ -31,21 +31,22 @@ def row_weights(q: Tensor, k: Tensor, probes: Probes, scale: float) -> tuple[Ten
 def column_scores(
     q: Tensor, k: Tensor, probes: Probes, scale: float, lse: Tensor, bits: int, settings: VerticalSlash
 ) -> tuple[Tensor, Tensor]:
-    scores = q.new_empty(*q.shape[:2], probes.keys, dtype=torch.int64)
-    sums = q.new_empty(*q.shape[:2], len(probes.k_blocks), 2, dtype=torch.int64)
+    ranked = q.new_empty(*q.shape[:2], probes.keys, dtype=torch.int64)
+    totals = q.new_empty(*q.shape[:2], len(probes.k_blocks), 3, dtype=torch.int64)
     column_scores_kernel[_grid(q, probes)](
         *_pairs(q, k, probes, scale),
         lse.contiguous(),
         2.0**bits,
         settings.local_blocks,
         settings.sinks,
-        scores,
-        sums,
+        ranked,
+        totals,
         QUARTERS=QUARTERS,
         STANDS_OUT=STANDS_OUT,
+        PLACE_BITS=PLACE_BITS,
         **_constants(q, k, probes),
     )
-    return scores, sums.sum(2)
+    return ranked, totals.sum(2)
 
 
 def diagonal_masses(
