@@ -1,4 +1,4 @@
-"""What an index asks of each rank at each stage of a ring, counted exactly."""
+"""What an index asks of each rank at each stage of a ring, counted exactly, head by head on the index's device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from farspan.kernels.index import Index, Places, VerticalSlashIndex
 from farspan.parallel.orders import Order
@@ -21,54 +22,47 @@ def work(index: Index, order: Order, row: int = 0) -> np.ndarray:
     rank r and block k of rank r - s lie on diagonal q - k = s mod world. So at stage s every rank works on the same
     diagonals, those of one residue class, and on each of them the ranks' tiles differ by at most one.
     """
-    found = _of_diagonals(index, order, row) if isinstance(index, VerticalSlashIndex) else _of_tiles(index, order, row)
+    of_heads = _of_diagonals if isinstance(index, VerticalSlashIndex) else _of_tiles
+    # By the rank of the rows and that of the keys: whole numbers below 2^53, which fp64 has exactly.
+    found = torch.stack(of_heads(index, order, row)).cpu().numpy()
     ranks = np.arange(order.world)
     return np.stack([found[:, ranks, (ranks - stage) % order.world] for stage in ranks], -1).astype(np.int64)
 
 
-def _of_diagonals(index: VerticalSlashIndex, order: Order, row: int) -> np.ndarray:
-    """fp64 `[query heads, world, world]`: pairs by the rank of the rows and that of the keys."""
-    block, world = index.block, order.world
-    owner, tiles, holds = _of_order(order, block)
-    blocks = len(owner)
-    diagonals = index.diagonals[row].cpu().numpy()
-    columns = index.columns[row].cpu().numpy()
-    # Products of counts below 2^53, which fp64 has exactly.
-    found = block**2 * (diagonals.astype(np.float64) @ tiles).reshape(-1, world, world)
-    for head, (selected, listed) in enumerate(zip(diagonals, columns)):
-        of_block = np.bincount(listed[listed < index.length] // block, minlength=blocks)
-        # [rank, block]: the rank's row blocks at or behind a block of keys whose tile is not selected; a correlation.
-        behind = np.fft.irfft(holds * np.fft.rfft(~selected, 2 * blocks).conj(), 2 * blocks)[:, :blocks].round()
-        for source in range(world):
-            found[head, :, source] += block * (behind * (of_block * (owner == source))).sum(1)
+def _of_diagonals(index: VerticalSlashIndex, order: Order, row: int) -> list[Tensor]:
+    block, blocks = index.block, index.diagonals.shape[2]
+    holds, behind, transform = _of_order(order, block, index.device)
+    found = []
+    for diagonals, columns in zip(index.diagonals[row], index.columns[row]):
+        # [rank, key block]: with how many of its row blocks the rank computes the block's tile. A correlation of whole
+        # numbers, which rounding makes whole again.
+        selected = torch.fft.rfft(diagonals.double(), 2 * blocks).conj()
+        tiles = torch.fft.irfft(transform * selected, 2 * blocks)[:, :blocks].round()
+        of_block = torch.bincount(columns[columns < index.length] // block, minlength=blocks)
+        found.append((block**2 * tiles + block * (behind - tiles) * of_block) @ holds.T)
     return found
 
 
-def _of_tiles(index: Index, order: Order, row: int) -> np.ndarray:
-    """Likewise for an index without columns, by its tiles, head by head on its device."""
-    owner = _owners(order, index.block)
-    positions = np.arange(len(owner) * index.block)
+def _of_tiles(index: Index, order: Order, row: int) -> list[Tensor]:
+    """Of an index without columns, by its tiles."""
+    holds, _, _ = _of_order(order, index.block, index.device)
+    positions = np.arange(holds.shape[1] * index.block)
     places = Places.of(positions, positions, index.block, index.device)
-    holds = torch.from_numpy(owner == np.arange(order.world)[:, None]).to(index.device, torch.float64)
     found = []
     for head in range(index.heads):
         tiles = index.at(places, (head, head + 1)).tiles[row, 0].tril().double()
         found.append(index.block**2 * (holds @ tiles @ holds.T))
-    return torch.stack(found).cpu().numpy()
+    return found
 
 
 @lru_cache(4)
-def _of_order(order: Order, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What layers share: the rank of each block; fp64 `[blocks, world x world]`, of each diagonal the tiles of every
-    rank's rows and every rank's keys; and the transform of which blocks each rank has.
+def _of_order(order: Order, block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What layers share, of ranks and blocks: fp64 `[world, blocks]`, whose a block is; likewise, how many of a rank's
+    blocks are at or behind it; and the first one's transform.
     """
-    owner = _owners(order, block)
-    blocks, world = len(owner), order.world
-    tiles = np.empty((blocks, world**2))  # 4 GiB for 256 ranks and a million tokens, so made in place
-    for distance in range(blocks):
-        pairs = owner[distance:] * world + owner[: blocks - distance]
-        tiles[distance] = np.bincount(pairs, minlength=world**2)
-    return owner, tiles, np.fft.rfft(owner == np.arange(world)[:, None], 2 * blocks)
+    owner = torch.from_numpy(_owners(order, block)).to(device)
+    holds = (owner == torch.arange(order.world, device=device)[:, None]).double()
+    return holds, holds.flip(1).cumsum(1).flip(1), torch.fft.rfft(holds, 2 * len(owner))
 
 
 def _owners(order: Order, block: int) -> np.ndarray:
