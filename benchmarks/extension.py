@@ -1,6 +1,6 @@
 """A model's context is extended with dense and with sparse attention: the same start, the same tokens. What is lost?
 
-    python benchmarks/extension.py --folder extension --lengths 256,4096,32768 --steps 1500,300,240 --plot extension.png
+    python benchmarks/extension.py --folder extension --lengths 256,4096,32768 --steps 1000,400,800 --plot extension.png
 
 The text is the sources of Python's standard library and of PyTorch in long documents, with needles: here and there a
 comment has a key and two words for it, drawn for this document, and behind it, at distances of all scales, the comment
@@ -41,7 +41,7 @@ from farspan.trainer.preflight import with_vocabulary
 from farspan.trainer.process_group import start_process_group
 
 _NEEDLE_CHARACTERS = 1800  # one needle in so many
-_ANSWER_TOKENS = 12
+_ANSWER_TOKENS = 6
 _AGAIN = 12  # times that a needle of a training text is there again
 _SYLLABLES = ("ba", "di", "fo", "gu", "ka", "li", "mo", "nu", "pe", "ra", "si", "to")
 _WORDS = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
@@ -51,13 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("extension"))
     parser.add_argument("--lengths", type=numbers, default=[256, 4096, 32768])
-    parser.add_argument("--steps", type=numbers, default=[1500, 300, 240], help="on rows of each length")
+    parser.add_argument("--steps", type=numbers, default=[1000, 400, 800], help="on rows of each length")
     parser.add_argument("--tokens-per-step", type=int, default=65_536)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--megabytes", type=float, default=1e9, help="of text, at most")
     parser.add_argument("--masses", type=numbers, default=[0.9, 0.95], help="`attention.sparse.mass`, a run for each")
-    parser.add_argument("--texts", type=int, default=4, help="unread texts, each with 32 questions")
+    parser.add_argument("--texts", type=int, default=8, help="unread texts, each with 32 questions")
     parser.add_argument("--plot", type=Path, help="picture of the two runs; needs matplotlib")
     parser.add_argument("--results", type=Path, help="draw those of an earlier call (its results.json) alone")
     parser.add_argument("--ask", nargs=2, help=argparse.SUPPRESS)
@@ -130,8 +130,8 @@ def with_needles(text: str, draw: random.Random, again: int) -> tuple[str, dict[
     added = []
     for key, words in needles.items():
         first = draw.randrange(len(lines))
-        # The logarithm of the distance is a square, so that many are near.
-        places = [first, *(first + int(len(lines) ** draw.random() ** 2) for _ in range(again))]
+        # Distances of all magnitudes are equally likely.
+        places = [first, *(first + int(len(lines) ** draw.random()) for _ in range(again))]
         added += [(place, f"{sentence(key)} {words}") for place in places]
     for place, line in sorted(added, reverse=True):
         if place <= len(lines):
@@ -226,15 +226,17 @@ def ask(folder: Path, answers: Path) -> None:
     mesh = Mesh.create(Degrees(1, 1, 1), start_process_group(600))
     tokenizer = Tokenizer(data.tokenizer_path)
     model = newest_decoder(folder, config, with_vocabulary(config, data), mesh, print)
+    length = config.train.sequence_length - 64
+    share = prefill.dense(length, mesh, with_vocabulary(config, data).heads_of_rank(1))
     found: list[list[bool]] = [[], [], [], []]
     for file in sorted((folder.parents[1] / "asked").glob("*.txt")):
-        tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[: config.train.sequence_length - 64].tolist()
+        tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[:length].tolist()
         text = tokenizer.decode(tokens)
         places = {key: text.find(f"{sentence(key)} {words}\n") for key, words in needles_of(file).items()}
         here = [key for key, place in places.items() if place >= 0]
         for key in random.Random(0).sample(here, min(32, len(here))):
             reader = Reader(model, mesh)
-            reader.prefill(tokens, prefill.dense(len(tokens), mesh, with_vocabulary(config, data).heads_of_rank(1)))
+            reader.prefill(tokens, share)
             reader.read(tokenizer.encode("\n" + sentence(key)).tolist())
             said = tokenizer.decode(list(reader.decode(_ANSWER_TOKENS)))
             quarter = 4 * (len(text) - places[key]) // (len(text) + 1)

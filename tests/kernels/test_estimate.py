@@ -179,6 +179,15 @@ def test_rows_shorter_than_the_probes(length: int) -> None:
     assert bool((share >= 0.9).all())
 
 
+def test_a_short_document_at_the_end_does_not_choose_for_the_long_one_before_it() -> None:
+    q, k = planted(LENGTH, (2, 1), (), (640,), 20.0)
+    mask = masks.causal(LENGTH, [0, 900, LENGTH])
+    index, _ = estimate(q, k, mask, VerticalSlash())
+    assert bool(index.diagonals[..., 5].all())
+    index, _ = estimate(q, k, mask, VerticalSlash(documents=0))
+    assert not index.diagonals[..., 2:].any()
+
+
 def test_probe_positions_are_the_last_of_their_part() -> None:
     mask = masks.stack([masks.causal(LENGTH, CU), masks.causal(LENGTH)])
     positions = probe_positions(mask, VerticalSlash(probes=16, segments=2, documents=4))

@@ -22,7 +22,7 @@ WARPS = 8
 def row_weights(q: Tensor, k: Tensor, probes: Probes, scale: float) -> tuple[Tensor, Tensor]:
     shape = (q.shape[0], q.shape[1], len(probes.k_blocks), probes.rows)
     exponents, sums = (q.new_empty(shape, dtype=torch.int32) for _ in range(2))
-    row_weights_kernel[_grid(q, probes)](
+    row_weights_kernel[_grid(k, probes)](
         *_pairs(q, k, probes, scale), exponents, sums, NONE=NOTHING, UNIT=2.0**WEIGHT_BITS, **_constants(q, k, probes)
     )
     return exponents, sums
@@ -33,7 +33,7 @@ def column_scores(
 ) -> tuple[Tensor, Tensor]:
     ranked = q.new_empty(*q.shape[:2], probes.keys, dtype=torch.int64)
     totals = q.new_empty(*q.shape[:2], len(probes.k_blocks), 3, dtype=torch.int64)
-    column_scores_kernel[_grid(q, probes)](
+    column_scores_kernel[_grid(k, probes)](
         *_pairs(q, k, probes, scale),
         lse.contiguous(),
         2.0**bits,
@@ -53,7 +53,7 @@ def diagonal_masses(
     q: Tensor, k: Tensor, probes: Probes, scale: float, lse: Tensor, bits: int, settings: VerticalSlash, chosen: Tensor
 ) -> Tensor:
     left = q.new_empty(*q.shape[:2], probes.sets, 2, len(probes.k_blocks), dtype=torch.int64)
-    diagonal_masses_kernel[_grid(q, probes)](
+    diagonal_masses_kernel[_grid(k, probes)](
         *_pairs(q, k, probes, scale),
         lse.contiguous(),
         2.0**bits,
@@ -67,9 +67,8 @@ def diagonal_masses(
     return left
 
 
-def _grid(q: Tensor, probes: Probes) -> tuple[int, int, int]:
-    """Heads first: those that read one tile of keys run at the same time."""
-    return q.shape[1], len(probes.k_blocks), q.shape[0]
+def _grid(k: Tensor, probes: Probes) -> tuple[int, int, int]:
+    return k.shape[2], len(probes.k_blocks), k.shape[0]
 
 
 def _pairs(q: Tensor, k: Tensor, probes: Probes, scale: float) -> tuple[Any, ...]:
