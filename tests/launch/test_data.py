@@ -172,5 +172,9 @@ def test_conversations_are_prepared(config: Path, capsys: pytest.CaptureFixture[
     assert Path("tokens/train_answers.idx").is_file()
     assert main(["data", "verify", "a.yaml"]) == 0
     assert "tokens: good" in capsys.readouterr().out
+    assert main(["data", "show", "tokens", "--document", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "with loss between ⟦ and ⟧ ===" in shown
+    assert shown.count("⟦yes") == 1
     assert main(["prepare", "a.yaml", "data.directory=other", source.replace("chatml", "chatm")]) == 2
     assert "chat_template of data.sources is 'chatm', which is none of chatml, plain" in capsys.readouterr().err
