@@ -6,9 +6,9 @@ The text is the sources of Python's standard library and of PyTorch in long docu
 comment has a key and two words for it, drawn for this document, and behind it, at distances of all scales, the comment
 is there again. A small decoder learns rows of each of `--lengths` but the last, one after the other, for to look
 something up is learnt in short rows. From its weights runs learn rows of the last length, one with dense attention and
-one with `attention.sparse` for each of `--masses`, side by side where there are several GPUs. Then all are asked, with
-dense attention, for the words of needles in unread texts as long as their rows: the share of needles whose two words
-they say is the recall. A call that was cut off goes on where it is made again, with the runs' checkpoints.
+one for each of `--sparse`, side by side where there are several GPUs. Then all are asked, with dense attention, for the
+words of needles in unread texts as long as their rows: the share of needles whose two words they say is the recall. A
+call that was cut off goes on where it is made again, with the runs' checkpoints.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from farspan.trainer.preflight import with_vocabulary
 from farspan.trainer.process_group import start_process_group
 
 _NEEDLE_CHARACTERS = 1800  # one needle in so many
-_ANSWER_TOKENS = 6
 _AGAIN = 12  # times that a needle of a training text is there again
 _SYLLABLES = ("ba", "di", "fo", "gu", "ka", "li", "mo", "nu", "pe", "ra", "si", "to")
 _WORDS = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
@@ -56,7 +55,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--megabytes", type=float, default=1e9, help="of text, at most")
-    parser.add_argument("--masses", type=numbers, default=[0.9, 0.95], help="`attention.sparse.mass`, a run for each")
+    parser.add_argument(
+        "--sparse", action="append", help="keys of attention.sparse, with commas; by default mass=0.9, and mass=0.95"
+    )
     parser.add_argument("--texts", type=int, default=8, help="unread texts, each with 32 questions")
     parser.add_argument("--plot", type=Path, help="picture of the two runs; needs matplotlib")
     parser.add_argument("--results", type=Path, help="draw those of an earlier call (its results.json) alone")
@@ -89,14 +90,17 @@ def main() -> None:
         plot(results, options.plot)
 
 
-def numbers(text: str) -> list[Any]:
-    return [json.loads(number) for number in text.split(",")]
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def variants_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Their `attention` by name."""
-    sparse = {"report_every": max(1, options.steps[-1] // 15)}
-    return {"dense": {}} | {f"mass_{mass:g}": {"sparse": {"mass": mass, **sparse}} for mass in options.masses}
+    variants: dict[str, dict[str, Any]] = {"dense": {}}
+    for keys in options.sparse or ["mass=0.9", "mass=0.95"]:
+        given = yaml.safe_load("\n".join(keys.replace("=", ": ").split(",")))
+        variants[keys.replace("=", "_")] = {"sparse": {"report_every": max(1, options.steps[-1] // 15), **given}}
+    return variants
 
 
 def write_texts(folder: Path, options: argparse.Namespace) -> None:
@@ -232,26 +236,26 @@ def ask(folder: Path, answers: Path) -> None:
     for file in sorted((folder.parents[1] / "asked").glob("*.txt")):
         tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[:length].tolist()
         text = tokenizer.decode(tokens)
-        places = {key: text.find(f"{sentence(key)} {words}\n") for key, words in needles_of(file).items()}
+        needles: dict[str, str] = json.loads(file.with_suffix(".json").read_text())
+        places = {key: text.find(f"{sentence(key)} {words}\n") for key, words in needles.items()}
+        reader = Reader(model, mesh)
+        reader.prefill(tokens, share)
         here = [key for key, place in places.items() if place >= 0]
         for key in random.Random(0).sample(here, min(32, len(here))):
-            reader = Reader(model, mesh)
-            reader.prefill(tokens, share)
-            reader.read(tokenizer.encode("\n" + sentence(key)).tolist())
-            said = tokenizer.decode(list(reader.decode(_ANSWER_TOKENS)))
             quarter = 4 * (len(text) - places[key]) // (len(text) + 1)
-            found[quarter].append(said.strip().startswith(needles_of(file)[key]))
+            question = f"\n{sentence(key)}"
+            begun, whole = (tokenizer.encode(text).tolist() for text in (question, f"{question} {needles[key]}"))
+            # Greedy decoding would say the words, if each of their tokens is the likeliest one behind those before it.
+            hidden = reader.read(whole[:-1])[len(begun) - 1 :]
+            likeliest = (model.norm(hidden) @ model.output_weight.T).argmax(-1).tolist()
+            found[quarter].append(likeliest == whole[len(begun) :])
+            reader.back_to(length)
     everything = [x for quarter in found for x in quarter]
     found_at: dict[str, Any] = {"recall": sum(everything) / len(everything), "asked": len(everything)}
     found_at |= {"recall_by_quarter": [sum(x) / len(x) if x else None for x in found]}
     answers.write_text(json.dumps(found_at))
     mesh.destroy()
     dist.destroy_process_group()
-
-
-def needles_of(file: Path) -> dict[str, str]:
-    needles: dict[str, str] = json.loads(file.with_suffix(".json").read_text())
-    return needles
 
 
 def report(results: dict[str, dict[str, Any]]) -> None:

@@ -72,6 +72,13 @@ class Reader:
         self._last, self.length = x[-1:], self.length + count
         return x
 
+    def back_to(self, length: int) -> None:
+        """Forgets what was read behind the first `length` tokens, which are those of `prefill` at least."""
+        if self._grows:
+            for cache in self.caches:
+                cache.tokens -= self.length - length
+        self.length, self._last = length, None
+
     @torch.no_grad()
     def score(self, tokens: Sequence[int]) -> Tensor:
         """Reads on; the log-probability `[tokens]` of each token after all that is before it."""

@@ -91,6 +91,11 @@ def check_scores(rank: int, world: int, tensor: int) -> dict[str, float]:
             grown = reader.caches[0].tokens - before
             assert grown == (MORE if mesh.context_rank == mesh.degrees.context - 1 else 0)
             found[name] = float((scores - expected[0, CONTEXT - 1 :]).abs().max())
+            reader.back_to(CONTEXT)
+            reader.read(TEXT[CONTEXT : CONTEXT + 5])
+            again = reader.score(TEXT[CONTEXT + 5 :])
+            assert float((again - scores[5:]).abs().max()) < 1e-9
+            assert reader.caches[0].tokens == before + grown
     finally:
         mesh.destroy()
     return found

@@ -16,7 +16,7 @@ from farspan.kernels.tiles import TILE
 from farspan.kernels.triton.estimate.kernels import column_scores_kernel, diagonal_masses_kernel, row_weights_kernel
 from farspan.kernels.triton.tensors import last_contiguous, strided
 
-WARPS = 8
+WARPS = 4
 
 
 def row_weights(q: Tensor, k: Tensor, probes: Probes, scale: float) -> tuple[Tensor, Tensor]:
