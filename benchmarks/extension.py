@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -279,25 +280,31 @@ def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     (losses, ratios), (shares, recalls) = figure.subplots(2, 2)
-    dense = [m["loss"] for m in results["dense"]["metrics"]]
+    dense = losses_of(results["dense"])
+    window = 1 + len(results["dense"]["metrics"]) - len(dense)
     width = 0.8 / len(results)
     for i, (variant, result) in enumerate(results.items()):
-        steps, loss = ([m[name] for m in result["metrics"]] for name in ("step", "loss"))
-        color = f"C{i}"
+        steps, loss, color = [m["step"] for m in result["metrics"]][window - 1 :], losses_of(result), f"C{i}"
         losses.plot(steps, loss, color, label=variant, lw=1)
         if variant != "dense":
-            ratios.plot(steps, [100 * (x / of_dense - 1) for x, of_dense in zip(loss, dense)], color, lw=1)
+            ratios.plot(steps, 100 * (loss / dense - 1), color, lw=1)
         for name, style in (("sparse_density", "-"), ("sparse_recall", "o")):
             reports = [m for m in result["metrics"] if name in m]
             shares.plot([m["step"] for m in reports], [m[name] for m in reports], style, color=color, lw=1)
         found = [share or 0 for share in result["recall_by_quarter"]]
         recalls.bar([quarter + i * width for quarter in range(4)], found, width, color=color)
-    losses.set(xlabel="step", ylabel="training loss")
+    losses.set(xlabel="step", ylabel=f"training loss, mean of {window} steps")
     losses.legend()
     ratios.set(xlabel="step", ylabel="training loss above dense, %")
     shares.set(xlabel="step", ylabel="tiles computed (line), attention covered (dots)", ylim=(0, 1))
     recalls.set(xlabel="quarters of the text that lie between", xticks=range(4), ylabel="needles found", ylim=(0, 1))
     figure.savefig(file, dpi=110)
+
+
+def losses_of(result: dict[str, Any]) -> np.ndarray:
+    """Of the training steps, means of so many that 20 means follow one another."""
+    losses = np.array([m["loss"] for m in result["metrics"]])
+    return np.lib.stride_tricks.sliding_window_view(losses, max(1, len(losses) // 20)).mean(-1)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ def work(index: Index, order: Order, row: int = 0) -> np.ndarray:
     rank r and block k of rank r - s lie on diagonal q - k = s mod world. So at stage s every rank works on the same
     diagonals, those of one residue class, and on each of them the ranks' tiles differ by at most one.
     """
-    of_heads = _of_diagonals if isinstance(index, VerticalSlashIndex) else _of_tiles
+    heads = _of_diagonals(index, order, row) if isinstance(index, VerticalSlashIndex) else _of_tiles(index, order, row)
     # By the rank of the rows and that of the keys: whole numbers below 2^53, which fp64 has exactly.
-    found = torch.stack(of_heads(index, order, row)).cpu().numpy()
+    found = torch.stack(heads).cpu().numpy()
     ranks = np.arange(order.world)
     return np.stack([found[:, ranks, (ranks - stage) % order.world] for stage in ranks], -1).astype(np.int64)
 
