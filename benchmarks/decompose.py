@@ -40,7 +40,8 @@ from farspan.data.decompose import BucketRows  # noqa: E402
 from farspan.data.prepare import prepare  # noqa: E402
 from farspan.data.rows import blank_row  # noqa: E402
 from farspan.parallel.mesh import Mesh  # noqa: E402
-from farspan.trainer.config import RunConfig, load_config  # noqa: E402
+from farspan.trainer.config import RunConfig  # noqa: E402
+from farspan.trainer.config_file import load_config  # noqa: E402
 from farspan.trainer.decomposed import decompose_corpus  # noqa: E402
 from farspan.trainer.engine import Engine  # noqa: E402
 from farspan.trainer.feed import Feed  # noqa: E402

@@ -37,7 +37,7 @@ from farspan.models.reader import Reader
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.checkpoint.weights import newest_decoder
-from farspan.trainer.config import load_run_config
+from farspan.trainer.config_file import load_run_config
 from farspan.trainer.preflight import with_vocabulary
 from farspan.trainer.process_group import start_process_group
 

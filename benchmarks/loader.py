@@ -25,7 +25,7 @@ from farspan.launch.quiet import quiet_libraries
 quiet_libraries()  # before Megatron is imported
 
 from farspan.parallel.mesh import Mesh  # noqa: E402
-from farspan.trainer.config import load_config  # noqa: E402
+from farspan.trainer.config_file import load_config  # noqa: E402
 from farspan.trainer.feed import Feed  # noqa: E402
 from farspan.trainer.preflight import check  # noqa: E402
 

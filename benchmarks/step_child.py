@@ -29,7 +29,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
 
     quiet_libraries()
-    from farspan.trainer.config import ConfigError, load_config
+    from farspan.trainer.config import ConfigError
+    from farspan.trainer.config_file import load_config
     from farspan.trainer.preflight import check
 
     lengths = [int(length) for length in options.lengths.split(",")]

@@ -15,7 +15,7 @@ from farspan.models.loss import VocabularyLoss
 from farspan.parallel import execute
 from farspan.parallel.estimate import Estimator
 from farspan.parallel.mesh import Mesh
-from farspan.trainer.config import load_config
+from farspan.trainer.config_file import load_config
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
 from farspan.trainer.first_rows import RunRows

@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     """Starts the workers of this machine, or trains right here when torchrun has started this process as one."""
     from farspan.launch import elastic, worker
-    from farspan.trainer.config import load_config
+    from farspan.trainer.config_file import load_config
     from farspan.trainer.preflight import check, default_processes
     from farspan.trainer.run_lock import RunLockedError, is_locked
 
@@ -125,7 +125,7 @@ def _run_workers(worker: ModuleType, options: argparse.Namespace, config: RunCon
 def prepare(options: argparse.Namespace) -> int:
     """Encodes `data.sources` into `data.directory`."""
     from farspan.data.prepare import prepare as prepare_data
-    from farspan.trainer.config import load_config
+    from farspan.trainer.config_file import load_config
     from farspan.trainer.preflight import short_splits
 
     config = load_config(options.config, options.overrides)
@@ -151,7 +151,7 @@ def prepare(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Prints mesh, plan, its verification, expected time and memory of a step, and who computes and sends what."""
-    from farspan.trainer.config import load_config
+    from farspan.trainer.config_file import load_config
     from farspan.trainer.describe_plan import describe_plan
     from farspan.trainer.preflight import default_processes
 
@@ -162,7 +162,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def data_schedule(options: argparse.Namespace) -> int:
     """Prints which lengths the steps of a run have, and what of the text they read."""
-    from farspan.trainer.config import load_config
+    from farspan.trainer.config_file import load_config
     from farspan.trainer.describe_schedule import describe_schedule
 
     describe_schedule(load_config(options.config, options.overrides), print, options.plot)
@@ -172,7 +172,7 @@ def data_schedule(options: argparse.Namespace) -> int:
 def data_compare(options: argparse.Namespace) -> int:
     """Prints what each way of making rows does to the documents."""
     from farspan.trainer.compare import compare
-    from farspan.trainer.config import load_config
+    from farspan.trainer.config_file import load_config
 
     compare(load_config(options.config, options.overrides), print)
     return 0
@@ -180,7 +180,7 @@ def data_compare(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """Prints versions, devices and attention backends, and which of them a configuration's first batch will use."""
-    from farspan.trainer.config import load_config
+    from farspan.trainer.config_file import load_config
     from farspan.trainer.doctor import examine
     from farspan.trainer.preflight import default_processes
 

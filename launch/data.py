@@ -112,7 +112,7 @@ def verify(options: argparse.Namespace) -> int:
 def train_tokenizer(options: argparse.Namespace) -> int:
     """Writes the tokenizer that `farspan prepare` would train on a configuration, or one of files."""
     from farspan.data.tokenizer_training import train_on_sources
-    from farspan.trainer.config import load_config
+    from farspan.trainer.config_file import load_config
 
     first = options.sources[0]
     if first.endswith((".yaml", ".yml")):
@@ -157,7 +157,7 @@ def _directory(path: Path) -> Path:
     """`data.directory` of a configuration, or the path itself."""
     if path.suffix not in (".yaml", ".yml"):
         return path
-    from farspan.trainer.config import load_config
+    from farspan.trainer.config_file import load_config
 
     return load_config(path).data.directory
 

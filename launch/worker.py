@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        from farspan.trainer.config import load_config
+        from farspan.trainer.config_file import load_config
         from farspan.trainer.train import run
 
         run(load_config(options.config, options.overrides), resume=options.resume == "auto")

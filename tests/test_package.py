@@ -16,7 +16,7 @@ import pytest
 
 from farspan.models.config import ModelConfig, preset_names
 from farspan.parallel.cluster import cluster_names, load_cluster
-from farspan.trainer.config import load_config
+from farspan.trainer.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -23,7 +23,8 @@ from farspan.parallel.mesh import Mesh
 from farspan.trainer.arrangement import Arrangement, check_tiles
 from farspan.trainer.budgets import Budgets
 from farspan.trainer.checkpoint.weights import newest_decoder
-from farspan.trainer.config import ConfigError, RunConfig, load_run_config
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.config_file import load_run_config
 from farspan.trainer.feed import Feed
 from farspan.trainer.first_rows import RunRows
 from farspan.trainer.preflight import check_devices, with_vocabulary

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from farspan.models.decoder import Decoder, DecoderInput
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.checkpoint.reshard import load_divided_anew
-from farspan.trainer.config import OptimizerSection, RunConfig
+from farspan.trainer.config import RunConfig
 from farspan.trainer.deepspeed_config import engine_config
+from farspan.trainer.sections import OptimizerSection
 
 
 class ModelParallelUnit:

@@ -24,7 +24,8 @@ from farspan.parallel.prepare import PreparedPlan, prepare
 from farspan.parallel.recall import Recall
 from farspan.parallel.sieve import Sieve
 from farspan.parallel.verify import PlanError, verify
-from farspan.trainer.config import KEYS_TRAVEL, RunConfig
+from farspan.trainer.config import RunConfig
+from farspan.trainer.config_checks import KEYS_TRAVEL
 from farspan.trainer.first_rows import RunRows, whole_rows
 from farspan.trainer.plan_choice import build_plan
 from farspan.trainer.row_length import for_rows

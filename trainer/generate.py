@@ -22,7 +22,8 @@ from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
 from farspan.trainer.attention_config import StarSection
 from farspan.trainer.checkpoint.weights import newest_decoder
-from farspan.trainer.config import ConfigError, RunConfig, load_run_config
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.config_file import load_run_config
 from farspan.trainer.preflight import check_devices, with_vocabulary
 from farspan.trainer.process_group import start_process_group
 

@@ -21,7 +21,8 @@ from farspan.parallel.pairs import VisiblePairs, visible_pairs
 from farspan.parallel.plan import DIRECTIONS, Direction, Plan
 from farspan.parallel.timeline import Timeline, simulate
 from farspan.trainer.arrangement import Arrangement
-from farspan.trainer.config import CUT_ANYWHERE, KEYS_TRAVEL, ConfigError, RunConfig
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.config_checks import CUT_ANYWHERE, KEYS_TRAVEL
 from farspan.trainer.describe_backends import attention_problem
 from farspan.trainer.expected_work import expected_work
 

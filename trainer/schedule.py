@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from farspan.trainer.config import OptimizerSection
+from farspan.trainer.sections import OptimizerSection
 
 
 def learning_rate(settings: OptimizerSection, step: int, steps: int) -> float:

@@ -13,7 +13,8 @@ import yaml
 
 from farspan.kernels.problem import capability
 from farspan.trainer.checkpoint.store import CheckpointStore
-from farspan.trainer.config import RunConfig, dump_config
+from farspan.trainer.config import RunConfig
+from farspan.trainer.config_file import dump_config
 from farspan.trainer.describe_backends import attention_problem, describe_backends
 from farspan.trainer.feed import Feed
 from farspan.trainer.metrics import MetricsFile

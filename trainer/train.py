@@ -25,7 +25,8 @@ from farspan.trainer.callbacks.sparseness import Sparseness
 from farspan.trainer.checkpoint.state import RunState
 from farspan.trainer.checkpoint.store import CheckpointStore, Found
 from farspan.trainer.checkpoint.weights import begin_with
-from farspan.trainer.config import ConfigError, RunConfig, dump_config
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.config_file import dump_config
 from farspan.trainer.engine import Engine
 from farspan.trainer.feed import Feed
 from farspan.trainer.preflight import Preflight, check

@@ -16,7 +16,7 @@ from support.corpus import prepare_small
 from farspan.models import attention
 from farspan.parallel.degrees import Degrees
 from farspan.parallel.mesh import Mesh
-from farspan.trainer.config import load_config
+from farspan.trainer.config_file import load_config
 from farspan.trainer.metrics import MetricsFile
 from farspan.trainer.preflight import check
 from farspan.trainer.stop import StopRequest

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from farspan.trainer.config import ConfigError, RunConfig, dump_config, load_config
+from farspan.trainer.config import ConfigError, RunConfig
+from farspan.trainer.config_file import dump_config, load_config
 
 REPOSITORY = Path(__file__).parents[2]
 MINIMAL = """

@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.corpus import prepare_small
 
-from farspan.trainer.config import ConfigError, load_config
+from farspan.trainer.config import ConfigError
+from farspan.trainer.config_file import load_config
 from farspan.trainer.preflight import Preflight, check, default_processes
 
 

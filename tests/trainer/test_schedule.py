@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from farspan.trainer.config import OptimizerSection
 from farspan.trainer.schedule import learning_rate
+from farspan.trainer.sections import OptimizerSection
 
 PEAK = 2e-3
 
