@@ -135,10 +135,10 @@ class Feed:
         for seen in dict.fromkeys(layers[layer] for layer in sparse.layers):
             mask, recall, sieve = batch.masks[seen], None, plans[seen].sieve
             estimator = Estimator(order, mask, sparse.settings.settings, mesh.context_rank, group, mesh.device)
-            if step is not None and sparse.reports(step):
-                rows = sparse.recall_rows(step, order.length)
+            if sparse.reports(step):
+                rows = sparse.recall_rows(step or 0, order.length)
                 recall = Recall(rows, order, mask, mesh.context_rank, group, mesh.device)
-                if sieve is None and sharing.plans[seen].name in KEYS_TRAVEL and order.world > 1:
+                if step is not None and sieve is None and sharing.plans[seen].name in KEYS_TRAVEL and order.world > 1:
                     sieve = Sieve(plans[seen].plan, order, mask, mesh.context_rank, TILE, mesh.device)
             sights[seen] = Sight(estimator, recall, sieve)
         return sparse.selectors([sights[seen] if i in sparse.layers else None for i, seen in enumerate(layers)])

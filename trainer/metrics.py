@@ -30,6 +30,7 @@ TENSORBOARD_TAGS = {
 # Names of several values, such as those by layer, and where they go.
 TENSORBOARD_FOLDERS = {
     "sparse_": "sparse/",
+    "eval_sparse_": "eval_sparse/",
     "blend_rows_": "data/rows_of_",
     "blend_tokens_": "data/tokens_of_",
     "blend_epochs_": "data/epochs_of_",

@@ -14,6 +14,7 @@ from farspan.kernels import estimate, to_device
 from farspan.kernels.index import Index
 from farspan.models.attention import Selector
 from farspan.parallel.estimate import Estimator
+from farspan.parallel.mesh import Mesh
 from farspan.parallel.recall import Recall
 from farspan.parallel.sieve import Sieve
 from farspan.trainer.budgets import Budgets
@@ -41,7 +42,8 @@ class Selected:
 class Sight:
     """What serves all sparse layers that see alike, for one micro-batch.
 
-    `recall` where the step is reported; `sieve` then as well, or where the wire is sparse, if keys and values travel.
+    `recall` where selections are measured; `sieve` in reported steps, or where the wire is sparse, if keys and values
+    travel.
     """
 
     estimator: Estimator
@@ -63,6 +65,7 @@ class SparseAttention:
         self.tensor_rank = tensor_rank
         self._on_device: dict[int, estimate.Budgets] = {}
         self.newest: dict[int, Selected] = {}
+        self._evaluated: dict[int, list[Tensor]] = {}  # by layer, density and recall of each of its batches
         self.step, self.training = 0, True
         self.watch: Callable[[int, Index], None] | None = None
         """Is told what a layer would select, while attention stays dense."""
@@ -70,14 +73,17 @@ class SparseAttention:
     def begin(self, step: int, training: bool) -> None:
         """`step` counts from 0; an evaluation is that of the step before."""
         self.step, self.training = step, training
+        self._evaluated.clear()
 
     @property
     def active(self) -> bool:
         settings = self.settings
         return settings.train and self.step >= settings.dense_steps if self.training else settings.evaluate
 
-    def reports(self, step: int) -> bool:
-        """Whether a step's selections are measured, too."""
+    def reports(self, step: int | None) -> bool:
+        """Whether a step's selections are measured, too; None for evaluation, whose always are."""
+        if step is None:
+            return self.settings.evaluate
         return step % self.settings.report_every == 0 or step == self.settings.dense_steps
 
     def recall_rows(self, step: int, length: int) -> np.ndarray:
@@ -111,12 +117,29 @@ class SparseAttention:
             else:
                 index, _ = sight.estimator(q, k, budgets=self._budgets(layer, q))
                 estimated = self.step
+            recall = None if sight.recall is None else sight.recall(q, k, index)
             if self.training:
-                recall = None if sight.recall is None else sight.recall(q, k, index)
                 self.newest[layer] = Selected(self.step, estimated, index, recall, sight.sieve)
+            elif recall is not None:
+                density = index.density().double().mean()
+                self._evaluated.setdefault(layer, []).append(torch.stack([density, recall.double().mean()]))
             return index
 
         return select
+
+    def of_evaluation(self, mesh: Mesh) -> dict[str, float]:
+        """Mean density and recall of what was selected since the evaluation began, all and by layer; collective."""
+        if not self._evaluated:
+            return {}
+        means = torch.stack([torch.stack(found).mean(0) for found in self._evaluated.values()])
+        for group in (mesh.loss, mesh.tensor):
+            dist.all_reduce(means, group=group)
+            means /= group.size()
+        named = {}
+        for name, by_layer in zip(("sparse_density", "sparse_recall"), means.T.tolist()):
+            named[name] = sum(by_layer) / len(by_layer)
+            named |= {f"{name}_layer_{layer:02d}": value for layer, value in zip(self._evaluated, by_layer)}
+        return named
 
 
 def of_all_heads(mine: Tensor, tensor: dist.ProcessGroup) -> Tensor:

@@ -78,7 +78,7 @@ class Trainer:
                 callback.after_step(self, record)
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
-        """Mean loss of the held-out rows, and their loss profile."""
+        """Mean loss of the held-out rows, and what else was measured there, by name."""
         batches = self.feed.heldout_batches()
         law = self._law(batches)
         self._begin(self.step, training=False)
@@ -91,7 +91,8 @@ class Trainer:
                 total += local_sum
                 profile.add(batch, losses)
         self.engine.training(True)
-        return law.mean(total), profile.means()
+        sparse = {} if self.feed.sparse is None else self.feed.sparse.of_evaluation(self.mesh)
+        return law.mean(total), profile.means() | sparse
 
     def _one_step(self) -> StepRecord:
         begin = time.perf_counter()

@@ -59,8 +59,14 @@ def test_a_run_with_sparse_attention(tmp_path: Path) -> None:
         # Of a ring of two, but for the last stripe, which nobody else sees: k and v in both directions, and gradients.
         assert row["sparse_dense_wire_bytes"] == row["sparse_dense_wire_bytes_layer_01"] == 3 * 2 * 384 * 2 * 16 * 4
         assert 0 < row["sparse_wire_bytes"] <= row["sparse_dense_wire_bytes"]
+    assert 0 < rows[-1]["eval_sparse_density"] < 1
+    assert 0.3 < rows[-1]["eval_sparse_recall"] < 1
+    assert {name for name in rows[-1] if name.startswith("eval_sparse_recall_layer")} == {
+        "eval_sparse_recall_layer_01",
+        "eval_sparse_recall_layer_02",
+    }
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert {"sparse/density", "sparse/recall_layer_01"} <= set(events.Tags()["scalars"])
+    assert {"sparse/density", "sparse/recall_layer_01", "eval_sparse/density"} <= set(events.Tags()["scalars"])
     assert set(events.Tags()["images"]) == {"sparse/density by layer and head", "sparse/work by rank and stage"}
 
     budgets = tmp_path / "budgets.yaml"
@@ -77,12 +83,18 @@ def test_a_run_with_sparse_attention(tmp_path: Path) -> None:
         (tiles[0] + tiles[1] + sum(tiles[2 : 2 + count])) / sum(tiles[:blocks]) for count in found["diagonals"][1]
     )
     assert last["sparse_density_layer_01"] <= largest + 1e-9
+    assert "eval_sparse_density" not in last
 
     wire = ("train.steps=7", "parallel.sparse_wire=true", "attention.sparse.report_every=1")
     farspan("train", str(path), f"attention.sparse.budgets={budgets}", *wire)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 7
     assert 0 < last["sparse_wire_bytes"] <= last["sparse_dense_wire_bytes"]
+
+    farspan("train", str(path), "train.steps=8", "attention.sparse.train=false")
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "sparse_density" not in last
+    assert 0 < last["eval_sparse_density"] < 1
 
 
 @pytest.mark.full
