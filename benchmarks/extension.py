@@ -23,6 +23,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def main() -> None:
         "--sparse", action="append", help="keys of attention.sparse, with commas; by default mass=0.9, and mass=0.95"
     )
     parser.add_argument("--texts", type=int, default=8, help="unread texts, each with 32 questions")
-    parser.add_argument("--plot", type=Path, help="picture of the two runs; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="picture of the runs; needs matplotlib")
     parser.add_argument("--results", type=Path, help="draw those of an earlier call (its results.json) alone")
     parser.add_argument("--ask", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -73,18 +74,19 @@ def main() -> None:
         plot(json.loads(options.results.read_text()), options.plot)
         return
     folder: Path = options.folder
-    write_texts(folder, options)
+    begin(folder, options)
     configurations(folder, options)
     stages = [str(length) for length in options.lengths[:-1]]
     command(folder, "prepare", stages[0])
     for stage in stages:
         command(folder, "train", stage)
-    gpus = max(1, torch.cuda.device_count())
+    print(f"before: {recall(asked(folder, stages[-1], 0))}, in texts of {stages[-1]} tokens", flush=True)
+    gpus: SimpleQueue[int] = SimpleQueue()
+    for gpu in range(max(1, torch.cuda.device_count())):
+        gpus.put(gpu)
     variants = variants_of(options)
-    with ThreadPoolExecutor(len(variants) if gpus > 1 else 1) as pool:
-        found = pool.map(lambda variant, i: extend(folder, variant, i % gpus), variants, range(len(variants)))
-        print(f"before: {recall(asked(folder, stages[-1], gpus - 1))}, in texts of {stages[-1]} tokens", flush=True)
-        results = dict(zip(variants, found, strict=True))
+    with ThreadPoolExecutor(gpus.qsize()) as pool:
+        results = dict(zip(variants, pool.map(lambda variant: extend(folder, variant, gpus), variants), strict=True))
     (folder / "results.json").write_text(json.dumps(results))
     report(results)
     if options.plot:
@@ -99,9 +101,20 @@ def variants_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Their `attention` by name."""
     variants: dict[str, dict[str, Any]] = {"dense": {}}
     for keys in options.sparse or ["mass=0.9", "mass=0.95"]:
-        given = yaml.safe_load("\n".join(keys.replace("=", ": ").split(",")))
+        given = yaml.safe_load(f"{{{keys.replace('=', ': ')}}}")
         variants[keys.replace("=", "_")] = {"sparse": {"report_every": max(1, options.steps[-1] // 15), **given}}
     return variants
+
+
+def begin(folder: Path, options: argparse.Namespace) -> None:
+    """Texts are written once; what runs in the folder began with must not change."""
+    names = ("lengths", "steps", "tokens_per_step", "hidden", "layers", "megabytes", "texts")
+    settings, file = {name: getattr(options, name) for name in names}, folder / "settings.json"
+    if not file.exists():
+        write_texts(folder, options)
+        file.write_text(json.dumps(settings))
+    if json.loads(file.read_text()) != settings:
+        raise SystemExit(f"{folder} was begun with {file.read_text()}: give these again, or another --folder")
 
 
 def write_texts(folder: Path, options: argparse.Namespace) -> None:
@@ -171,7 +184,6 @@ def configurations(folder: Path, options: argparse.Namespace) -> None:
         "launch": {"processes": 1},
         "parallel": {"plan": "single", "order": "contiguous"},
         "eval": {"rows": 16},
-        "checkpoint": {"every": 500, "keep": 1},
     }
     stages: dict[str, dict[str, Any]] = {}
     *short, long = zip(options.lengths, options.steps, strict=True)
@@ -197,13 +209,20 @@ def stage(folder: Path, length: int, steps: int, rate: float, before: str | None
     """Sections of a run on rows of a length, which begins with the weights of another one."""
     run = {} if before is None else {"weights_from": str(folder / "runs" / before)}
     optimizer = {"schedule": "cosine", "learning_rate": rate, "warmup_steps": max(1, steps // 20)}
-    return {"run": run, "train": {"steps": steps, "sequence_length": length}, "optimizer": optimizer}
+    checkpoint = {"every": max(1, steps // 4), "keep": 1}
+    train = {"steps": steps, "sequence_length": length}
+    return {"run": run, "train": train, "optimizer": optimizer, "checkpoint": checkpoint}
 
 
-def extend(folder: Path, variant: str, gpu: int) -> dict[str, Any]:
-    command(folder, "train", variant, gpu)
+def extend(folder: Path, variant: str, gpus: SimpleQueue[int]) -> dict[str, Any]:
+    gpu = gpus.get()
+    try:
+        command(folder, "train", variant, gpu)
+        answers = asked(folder, variant, gpu)
+    finally:
+        gpus.put(gpu)
     lines = (folder / "runs" / variant / "metrics.jsonl").read_text().splitlines()
-    return {"metrics": [json.loads(line) for line in lines], **asked(folder, variant, gpu)}
+    return {"metrics": [json.loads(line) for line in lines], **answers}
 
 
 def asked(folder: Path, name: str, gpu: int) -> dict[str, Any]:
@@ -231,8 +250,7 @@ def ask(folder: Path, answers: Path) -> None:
     mesh = Mesh.create(Degrees(1, 1, 1), start_process_group(600))
     tokenizer = Tokenizer(data.tokenizer_path)
     model = newest_decoder(folder, config, with_vocabulary(config, data), mesh, print)
-    length = config.train.sequence_length - 64
-    share = prefill.dense(length, mesh, with_vocabulary(config, data).heads_of_rank(1))
+    length, heads = config.train.sequence_length - 64, with_vocabulary(config, data).heads_of_rank(1)
     found: list[list[bool]] = [[], [], [], []]
     for file in sorted((folder.parents[1] / "asked").glob("*.txt")):
         tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[:length].tolist()
@@ -240,7 +258,7 @@ def ask(folder: Path, answers: Path) -> None:
         needles: dict[str, str] = json.loads(file.with_suffix(".json").read_text())
         places = {key: text.find(f"{sentence(key)} {words}\n") for key, words in needles.items()}
         reader = Reader(model, mesh)
-        reader.prefill(tokens, share)
+        reader.prefill(tokens, prefill.dense(len(tokens), mesh, heads))
         here = [key for key, place in places.items() if place >= 0]
         for key in random.Random(0).sample(here, min(32, len(here))):
             quarter = 4 * (len(text) - places[key]) // (len(text) + 1)
@@ -250,7 +268,7 @@ def ask(folder: Path, answers: Path) -> None:
             hidden = reader.read(whole[:-1])[len(begun) - 1 :]
             likeliest = (model.norm(hidden) @ model.output_weight.T).argmax(-1).tolist()
             found[quarter].append(likeliest == whole[len(begun) :])
-            reader.back_to(length)
+            reader.back_to(len(tokens))
     everything = [x for quarter in found for x in quarter]
     found_at: dict[str, Any] = {"recall": sum(everything) / len(everything), "asked": len(everything)}
     found_at |= {"recall_by_quarter": [sum(x) / len(x) if x else None for x in found]}
@@ -302,7 +320,7 @@ def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
 
 
 def losses_of(result: dict[str, Any]) -> np.ndarray:
-    """Of the training steps, means of so many that 20 means follow one another."""
+    """Of the training steps: running means over a twentieth of them."""
     losses = np.array([m["loss"] for m in result["metrics"]])
     return np.lib.stride_tricks.sliding_window_view(losses, max(1, len(losses) // 20)).mean(-1)
 

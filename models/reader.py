@@ -32,7 +32,7 @@ class Reader:
             raise ValueError("one token cannot be divided over tensor ranks: set parallel.sequence_parallel to false")
         self.model, self.mesh = model, mesh
         self.caches = [LayerCache() for _ in model.layers]
-        self.length = 0
+        self.length = self._prefilled = 0
         self._last: Tensor | None = None  # [1, hidden], of the last token that was read
         self._grows = mesh.context_rank == mesh.degrees.context - 1
 
@@ -51,7 +51,7 @@ class Reader:
         at = share.kept[share.positions[share.kept] == len(text) - 1]  # on one rank
         last = x[at.tolist()].sum(0, keepdim=True)
         dist.all_reduce(last, group=self.mesh.context)
-        self._last, self.length = last, len(text)
+        self._last, self.length, self._prefilled = last, len(text), len(text)
 
     @torch.no_grad()
     def read(self, tokens: Sequence[int]) -> Tensor:
@@ -74,6 +74,8 @@ class Reader:
 
     def back_to(self, length: int) -> None:
         """Forgets what was read behind the first `length` tokens, which are those of `prefill` at least."""
+        if not self._prefilled <= length <= self.length:
+            raise ValueError(f"a reader goes back to {self._prefilled} to {self.length} tokens, not to {length}")
         if self._grows:
             for cache in self.caches:
                 cache.tokens -= self.length - length
@@ -131,7 +133,7 @@ class Reader:
 
     def _before(self) -> Tensor:
         if self._last is None:
-            raise ValueError("nothing was read yet, so nothing can follow it")
+            raise ValueError("nothing was read, or not since the reader went back, so nothing can follow it")
         return self._last
 
 

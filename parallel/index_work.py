@@ -11,6 +11,8 @@ from torch import Tensor
 from farspan.kernels.index import Index, Places, VerticalSlashIndex
 from farspan.parallel.orders import Order
 
+_RANKS = 32  # whose blocks are counted at once
+
 
 def work(index: Index, order: Order, row: int = 0) -> np.ndarray:
     """(row, key) pairs that kernels compute, int64 `[query heads, world, stages]`, for one row of the batch.
@@ -30,22 +32,31 @@ def work(index: Index, order: Order, row: int = 0) -> np.ndarray:
 
 
 def _of_diagonals(index: VerticalSlashIndex, order: Order, row: int) -> list[Tensor]:
-    block, blocks = index.block, index.diagonals.shape[2]
-    holds, behind, transform = _of_order(order, block, index.device)
+    holds, block, blocks = _holds(order, index.block, index.device), index.block, index.diagonals.shape[2]
     found = []
     for diagonals, columns in zip(index.diagonals[row], index.columns[row]):
-        # [rank, key block]: with how many of its row blocks the rank computes the block's tile. A correlation of whole
-        # numbers, which rounding makes whole again.
         selected = torch.fft.rfft(diagonals.double(), 2 * blocks).conj()
-        tiles = torch.fft.irfft(transform * selected, 2 * blocks)[:, :blocks].round()
         of_block = torch.bincount(columns[columns < index.length] // block, minlength=blocks)
-        found.append((block**2 * tiles + block * (behind - tiles) * of_block) @ holds.T)
+        pairs = [_pairs(ranks, selected, of_block, block) @ holds.T for ranks in holds.split(_RANKS)]
+        found.append(torch.cat(pairs))
     return found
+
+
+def _pairs(holds: Tensor, selected: Tensor, of_block: Tensor, block: int) -> Tensor:
+    """`[ranks, key blocks]`: the pairs of some ranks' rows and a block's keys, of the transform of a head's diagonals
+    and the number of columns in each block.
+    """
+    blocks = holds.shape[1]
+    # With how many of its row blocks a rank computes a block's tile: a correlation of whole numbers, which rounding
+    # makes whole again. And how many of them are at or behind it.
+    tiles = torch.fft.irfft(torch.fft.rfft(holds, 2 * blocks) * selected, 2 * blocks)[:, :blocks].round()
+    behind = holds.flip(1).cumsum(1).flip(1)
+    return block**2 * tiles + block * (behind - tiles) * of_block
 
 
 def _of_tiles(index: Index, order: Order, row: int) -> list[Tensor]:
     """Of an index without columns, by its tiles."""
-    holds, _, _ = _of_order(order, index.block, index.device)
+    holds = _holds(order, index.block, index.device)
     positions = np.arange(holds.shape[1] * index.block)
     places = Places.of(positions, positions, index.block, index.device)
     found = []
@@ -55,16 +66,13 @@ def _of_tiles(index: Index, order: Order, row: int) -> list[Tensor]:
     return found
 
 
-@lru_cache(4)
-def _of_order(order: Order, block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What layers share, of ranks and blocks: fp64 `[world, blocks]`, whose a block is; likewise, how many of a rank's
-    blocks are at or behind it; and the first one's transform.
-    """
+def _holds(order: Order, block: int, device: torch.device) -> Tensor:
+    """fp64 `[world, blocks]`: 1 where a block is a rank's."""
     owner = torch.from_numpy(_owners(order, block)).to(device)
-    holds = (owner == torch.arange(order.world, device=device)[:, None]).double()
-    return holds, holds.flip(1).cumsum(1).flip(1), torch.fft.rfft(holds, 2 * len(owner))
+    return (owner == torch.arange(order.world, device=device)[:, None]).double()
 
 
+@lru_cache(4)
 def _owners(order: Order, block: int) -> np.ndarray:
     """The rank of each block; ValueError if a block is not on one rank."""
     owner = np.full(-(-order.length // block), -1)

@@ -20,12 +20,12 @@ from farspan.models.config import ModelConfig
 from farspan.models.decoder import DecoderInput
 from farspan.parallel.estimate import Estimator
 from farspan.parallel.mesh import Mesh
+from farspan.parallel.plans import KEYS_TRAVEL
 from farspan.parallel.prepare import PreparedPlan, prepare
 from farspan.parallel.recall import Recall
 from farspan.parallel.sieve import Sieve
 from farspan.parallel.verify import PlanError, verify
 from farspan.trainer.config import RunConfig
-from farspan.trainer.config_checks import KEYS_TRAVEL
 from farspan.trainer.first_rows import RunRows, whole_rows
 from farspan.trainer.plan_choice import build_plan
 from farspan.trainer.row_length import for_rows

@@ -22,7 +22,6 @@ from farspan.parallel.plan import DIRECTIONS, Direction, Plan
 from farspan.parallel.timeline import Timeline, simulate
 from farspan.trainer.arrangement import Arrangement
 from farspan.trainer.config import ConfigError, RunConfig
-from farspan.trainer.config_checks import CUT_ANYWHERE, KEYS_TRAVEL
 from farspan.trainer.describe_backends import attention_problem
 from farspan.trainer.expected_work import expected_work
 
@@ -134,9 +133,9 @@ def predict_attention(
 def _legal(config: RunConfig, order: Order, mask: IntervalMask) -> Iterator[Plan]:
     """All plans that can be made of this order and mask, in the order of `PLANS`."""
     for name in plans.PLANS:
-        if config.attention.sparse is not None and name in CUT_ANYWHERE:
+        if config.attention.sparse is not None and name in plans.CUT_ANYWHERE:
             continue
-        if config.parallel.sparse_wire and name not in KEYS_TRAVEL:
+        if config.parallel.sparse_wire and name not in plans.KEYS_TRAVEL:
             continue
         try:
             yield build_plan(config, name, order, mask)

@@ -13,7 +13,7 @@ from farspan.trainer.config import RunConfig
 
 # Of a tile in a list, and of a key's place among the columns.
 _NUMBER = 4
-# Of each key and head: scores, ranked ones and one copy more (int64), and whether it was chosen.
+# Of each key and head: ranked scores and two copies (int64), and whether it was chosen.
 _SCORE = 3 * 8 + 1
 # Of each probe, tile of keys and head: an exponent and a sum.
 _PARTIAL = 2 * 4

@@ -14,9 +14,24 @@ from farspan.parallel.plan import Plan
 from farspan.parallel.plans.direct import all_gather, group_cast, star
 from farspan.parallel.plans.ring import ring
 
-__all__ = ["ONE_RING", "PLANS", "Topology", "all_gather", "build", "group_cast", "ring", "star"]
+__all__ = [
+    "CUT_ANYWHERE",
+    "KEYS_TRAVEL",
+    "ONE_RING",
+    "PLANS",
+    "Topology",
+    "all_gather",
+    "build",
+    "group_cast",
+    "ring",
+    "star",
+]
 
 PLANS = ("single", "ring", "hierarchical_ring", "all_gather", "group_cast", "ulysses", "usp", "star")
+# Plans whose blocks begin and end with any token, and not with tiles.
+CUT_ANYWHERE = ("group_cast", "star")
+# Plans in which keys and values travel, and queries do not.
+KEYS_TRAVEL = ("ring", "hierarchical_ring", "all_gather")
 _DIRECT = {"all_gather": all_gather, "group_cast": group_cast, "star": star}
 
 

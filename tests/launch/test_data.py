@@ -175,6 +175,6 @@ def test_conversations_are_prepared(config: Path, capsys: pytest.CaptureFixture[
     assert main(["data", "show", "tokens", "--document", "0"]) == 0
     shown = capsys.readouterr().out
     assert "with loss between ⟦ and ⟧ ===" in shown
-    assert shown.count("⟦yes") == 1
+    assert shown.endswith("<|im_start|>assistant\n⟦yes<|im_end|>\n⟧\n")
     assert main(["prepare", "a.yaml", "data.directory=other", source.replace("chatml", "chatm")]) == 2
     assert "chat_template of data.sources is 'chatm', which is none of chatml, plain" in capsys.readouterr().err

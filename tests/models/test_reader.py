@@ -91,7 +91,12 @@ def check_scores(rank: int, world: int, tensor: int) -> dict[str, float]:
             grown = reader.caches[0].tokens - before
             assert grown == (MORE if mesh.context_rank == mesh.degrees.context - 1 else 0)
             found[name] = float((scores - expected[0, CONTEXT - 1 :]).abs().max())
+            for length in (CONTEXT - 1, len(TEXT) + 1):
+                with pytest.raises(ValueError, match=f"goes back to {CONTEXT} to {len(TEXT)} tokens, not to {length}"):
+                    reader.back_to(length)
             reader.back_to(CONTEXT)
+            with pytest.raises(ValueError, match="not since the reader went back"):
+                reader.next_logits()
             reader.read(TEXT[CONTEXT : CONTEXT + 5])
             again = reader.score(TEXT[CONTEXT + 5 :])
             assert float((again - scores[5:]).abs().max()) < 1e-9
@@ -210,5 +215,5 @@ def check_refusals(rank: int, world: int) -> list[str]:
 
 def test_nothing_is_read_out_of_turn(pool: Pool) -> None:
     (messages,) = pool.run(1, check_refusals)
-    assert messages[:2] == ["nothing was read yet, so nothing can follow it"] * 2
+    assert messages[:2] == ["nothing was read, or not since the reader went back, so nothing can follow it"] * 2
     assert messages[2] == "a reader begins with all 5 tokens of its share, not 2 of them"

@@ -17,7 +17,7 @@ from farspan.trainer.config import RunConfig
 from farspan.trainer.describe_plan import describe_plan
 from farspan.trainer.expected_work import expected_work
 from farspan.trainer.memory_estimate import estimate_memory
-from farspan.trainer.sparse_memory import selection_bytes
+from farspan.trainer.sparse_memory import estimation_bytes, selection_bytes
 
 LENGTH, BLOCKS = 4096, 32
 
@@ -101,6 +101,19 @@ def test_memory_counts_the_indexes_of_all_layers() -> None:
     assert kept({"estimator": "xattention"}) - kept(None) == 36 * (32 << 20)
     assert kept({"estimator": "moba"}) - kept(None) == 36 * (128 << 20)
     assert kept({"estimator": "moba", "train": False}) == kept(None)
+
+
+def test_memory_counts_the_probes_of_documents() -> None:
+    """Of each: 8 bytes for each of 64 rows, each of 8 tiles of a rank's keys and each of 16 heads."""
+
+    def found(documents: int, across: bool) -> int:
+        attention = {"across_documents": across, "sparse": {"documents": documents}}
+        config = config_of(None, attention=attention)
+        assert config.attention.sparse is not None
+        return estimation_bytes(config, config.attention.sparse, LENGTH // 4)
+
+    assert found(2, False) - found(0, False) == 2 * 64 * 8 * 8 * 16
+    assert found(2, True) == found(0, True) == found(0, False)
 
 
 def test_a_plan_says_what_it_assumed_and_what_that_gains() -> None:
