@@ -75,7 +75,8 @@ def main() -> None:
         return
     folder: Path = options.folder
     begin(folder, options)
-    configurations(folder, options)
+    variants = variants_of(options)
+    configurations(folder, options, variants)
     stages = [str(length) for length in options.lengths[:-1]]
     command(folder, "prepare", stages[0])
     for stage in stages:
@@ -84,7 +85,6 @@ def main() -> None:
     gpus: SimpleQueue[int] = SimpleQueue()
     for gpu in range(max(1, torch.cuda.device_count())):
         gpus.put(gpu)
-    variants = variants_of(options)
     with ThreadPoolExecutor(gpus.qsize()) as pool:
         results = dict(zip(variants, pool.map(lambda variant: extend(folder, variant, gpus), variants), strict=True))
     (folder / "results.json").write_text(json.dumps(results))
@@ -161,7 +161,7 @@ def sentence(key: str) -> str:
     return f"# recall {key}"
 
 
-def configurations(folder: Path, options: argparse.Namespace) -> None:
+def configurations(folder: Path, options: argparse.Namespace, variants: dict[str, dict[str, Any]]) -> None:
     heads = options.hidden // 64
     common: dict[str, Any] = {
         "model": {
@@ -191,7 +191,7 @@ def configurations(folder: Path, options: argparse.Namespace) -> None:
     for length, steps in short:
         stages[str(length)] = stage(folder, length, steps, 1.5e-3, before)
         before, before_length = str(length), length
-    for variant, attention in variants_of(options).items():
+    for variant, attention in variants.items():
         stages[variant] = stage(folder, *long, 5e-4, before) | {"attention": attention}
         # Rotary frequencies slow down with the length of rows, and some more.
         stages[variant]["model"] = {"rotary_theta": 10_000.0 * 2 * long[0] / before_length}
@@ -249,8 +249,9 @@ def ask(folder: Path, answers: Path) -> None:
     data = load_prepared(config.data.directory)
     mesh = Mesh.create(Degrees(1, 1, 1), start_process_group(600))
     tokenizer = Tokenizer(data.tokenizer_path)
-    model = newest_decoder(folder, config, with_vocabulary(config, data), mesh, print)
-    length, heads = config.train.sequence_length - 64, with_vocabulary(config, data).heads_of_rank(1)
+    model_config = with_vocabulary(config, data)
+    model = newest_decoder(folder, config, model_config, mesh, print)
+    length, heads = config.train.sequence_length - 64, model_config.heads_of_rank(1)
     found: list[list[bool]] = [[], [], [], []]
     for file in sorted((folder.parents[1] / "asked").glob("*.txt")):
         tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[:length].tolist()
@@ -263,7 +264,7 @@ def ask(folder: Path, answers: Path) -> None:
         for key in random.Random(0).sample(here, min(32, len(here))):
             quarter = 4 * (len(text) - places[key]) // (len(text) + 1)
             question = f"\n{sentence(key)}"
-            begun, whole = (tokenizer.encode(text).tolist() for text in (question, f"{question} {needles[key]}"))
+            begun, whole = (tokenizer.encode(x).tolist() for x in (question, f"{question} {needles[key]}"))
             # Greedy decoding would say the words, if each of their tokens is the likeliest one behind those before it.
             hidden = reader.read(whole[:-1])[len(begun) - 1 :]
             likeliest = (model.norm(hidden) @ model.output_weight.T).argmax(-1).tolist()
@@ -282,8 +283,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
         last = result["metrics"][-1]
         sparse: dict[str, float] = next((m for m in reversed(result["metrics"]) if "sparse_density" in m), {})
         cells = [f"held-out loss {last['eval_loss']:.4f}", f"train loss {last['loss']:.4f}"]
-        cells += [recall(result)]
-        cells += [f"{last['step_seconds']:.3f} s a step"]
+        cells += [recall(result), f"{last['step_seconds']:.3f} s a step"]
         cells += [f"{name} {sparse[name]:.3f}" for name in ("sparse_density", "sparse_recall") if name in sparse]
         print(f"{variant:9} {'  '.join(cells)}", flush=True)
 

@@ -24,38 +24,34 @@ def work(index: Index, order: Order, row: int = 0) -> np.ndarray:
     rank r and block k of rank r - s lie on diagonal q - k = s mod world. So at stage s every rank works on the same
     diagonals, those of one residue class, and on each of them the ranks' tiles differ by at most one.
     """
-    heads = _of_diagonals(index, order, row) if isinstance(index, VerticalSlashIndex) else _of_tiles(index, order, row)
-    # By the rank of the rows and that of the keys: whole numbers below 2^53, which fp64 has exactly.
-    found = torch.stack(heads).cpu().numpy()
+    of_heads = (
+        _of_diagonals(index, order, row) if isinstance(index, VerticalSlashIndex) else _of_tiles(index, order, row)
+    )
+    found = of_heads.cpu().numpy()
     ranks = np.arange(order.world)
     return np.stack([found[:, ranks, (ranks - stage) % order.world] for stage in ranks], -1).astype(np.int64)
 
 
-def _of_diagonals(index: VerticalSlashIndex, order: Order, row: int) -> list[Tensor]:
+def _of_diagonals(index: VerticalSlashIndex, order: Order, row: int) -> Tensor:
+    """fp64 `[query heads, world, world]`: pairs by the rank of rows and that of keys, below 2^53 and so exact."""
     holds, block, blocks = _holds(order, index.block, index.device), index.block, index.diagonals.shape[2]
+    selected = torch.fft.rfft(index.diagonals[row].double(), 2 * blocks).conj()
+    columns = [torch.bincount(x[x < index.length] // block, minlength=blocks) for x in index.columns[row]]
     found = []
-    for diagonals, columns in zip(index.diagonals[row], index.columns[row]):
-        selected = torch.fft.rfft(diagonals.double(), 2 * blocks).conj()
-        of_block = torch.bincount(columns[columns < index.length] // block, minlength=blocks)
-        pairs = [_pairs(ranks, selected, of_block, block) @ holds.T for ranks in holds.split(_RANKS)]
-        found.append(torch.cat(pairs))
-    return found
+    for ranks in holds.split(_RANKS):
+        transform, behind = torch.fft.rfft(ranks, 2 * blocks), ranks.flip(1).cumsum(1).flip(1)
+        by_head = []
+        for diagonals, of_block in zip(selected, columns):
+            # [ranks, key blocks]: with how many of its row blocks a rank computes a block's tile. A correlation of
+            # whole numbers, which rounding makes whole again. Columns count for the others at or behind the block.
+            tiles = torch.fft.irfft(transform * diagonals, 2 * blocks)[:, :blocks].round()
+            by_head.append((block**2 * tiles + block * (behind - tiles) * of_block) @ holds.T)
+        found.append(torch.stack(by_head))
+    return torch.cat(found, 1)
 
 
-def _pairs(holds: Tensor, selected: Tensor, of_block: Tensor, block: int) -> Tensor:
-    """`[ranks, key blocks]`: the pairs of some ranks' rows and a block's keys, of the transform of a head's diagonals
-    and the number of columns in each block.
-    """
-    blocks = holds.shape[1]
-    # With how many of its row blocks a rank computes a block's tile: a correlation of whole numbers, which rounding
-    # makes whole again. And how many of them are at or behind it.
-    tiles = torch.fft.irfft(torch.fft.rfft(holds, 2 * blocks) * selected, 2 * blocks)[:, :blocks].round()
-    behind = holds.flip(1).cumsum(1).flip(1)
-    return block**2 * tiles + block * (behind - tiles) * of_block
-
-
-def _of_tiles(index: Index, order: Order, row: int) -> list[Tensor]:
-    """Of an index without columns, by its tiles."""
+def _of_tiles(index: Index, order: Order, row: int) -> Tensor:
+    """Likewise of an index without columns, by its tiles."""
     holds = _holds(order, index.block, index.device)
     positions = np.arange(holds.shape[1] * index.block)
     places = Places.of(positions, positions, index.block, index.device)
@@ -63,7 +59,7 @@ def _of_tiles(index: Index, order: Order, row: int) -> list[Tensor]:
     for head in range(index.heads):
         tiles = index.at(places, (head, head + 1)).tiles[row, 0].tril().double()
         found.append(index.block**2 * (holds @ tiles @ holds.T))
-    return found
+    return torch.stack(found)
 
 
 def _holds(order: Order, block: int, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,11 +135,15 @@ class SparseAttention:
         for group in (mesh.loss, mesh.tensor):
             dist.all_reduce(means, group=group)
             means /= group.size()
-        named = {}
-        for name, by_layer in zip(("sparse_density", "sparse_recall"), means.T.tolist()):
-            named[name] = sum(by_layer) / len(by_layer)
-            named |= {f"{name}_layer_{layer:02d}": value for layer, value in zip(self._evaluated, by_layer)}
+        named: dict[str, float] = {}
+        for name, of_layers in zip(("sparse_density", "sparse_recall"), means.T.tolist()):
+            named |= {name: sum(of_layers) / len(of_layers), **by_layer(name, self._evaluated, of_layers)}
         return named
+
+
+def by_layer(name: str, layers: Iterable[int], values: Iterable[float]) -> dict[str, float]:
+    """What is measured in several layers, under the names of `metrics.jsonl`."""
+    return {f"{name}_layer_{layer:02d}": value for layer, value in zip(layers, values, strict=True)}
 
 
 def of_all_heads(mine: Tensor, tensor: dist.ProcessGroup) -> Tensor:

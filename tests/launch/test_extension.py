@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.command import farspan
+from support.command import farspan, last_metrics
 from support.corpus import prepare_small
 
 from farspan.data.prepare import prepare
@@ -43,11 +43,6 @@ def config(folder: Path, name: str, length: int, steps: int, **sections: Any) ->
     return str(folder / f"{name}.yaml")
 
 
-def last(folder: Path) -> dict[str, float]:
-    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return row
-
-
 @pytest.mark.full
 def test_sparse_attention_extends_a_context_as_dense_attention_does(tmp_path: Path) -> None:
     """`benchmarks/extension.py`, small: from the same weights over the same tokens, held-out losses within 1 %."""
@@ -58,7 +53,7 @@ def test_sparse_attention_extends_a_context_as_dense_attention_does(tmp_path: Pa
         begun["run"]["dir"] = str(tmp_path / name)
         said = farspan("train", config(tmp_path, name, 1024, 20, **begun, attention=attention))
         assert f"training begins with the weights of {tmp_path / 'short'}" in said
-    short, dense, sparse = (last(tmp_path / name) for name in ("short", "dense", "sparse"))
+    short, dense, sparse = (last_metrics(tmp_path / name) for name in ("short", "dense", "sparse"))
     print(f"held-out: short {short['eval_loss']:.4f}, dense {dense['eval_loss']:.4f}, sparse {sparse['eval_loss']:.4f}")
     assert dense["eval_loss"] < short["eval_loss"]
     assert abs(sparse["eval_loss"] / dense["eval_loss"] - 1) < 0.01

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.command import farspan
+from support.command import farspan, last_metrics
 from support.corpus import prepare_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -77,7 +77,7 @@ def test_a_run_with_sparse_attention(tmp_path: Path) -> None:
     farspan(
         "train", str(path), f"attention.sparse.budgets={budgets}", "train.steps=6", "attention.sparse.evaluate=false"
     )
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = last_metrics(tmp_path / "run")
     tiles, blocks = [4, 3, 2, 1], 4
     largest = max(
         (tiles[0] + tiles[1] + sum(tiles[2 : 2 + count])) / sum(tiles[:blocks]) for count in found["diagonals"][1]
@@ -87,12 +87,12 @@ def test_a_run_with_sparse_attention(tmp_path: Path) -> None:
 
     wire = ("train.steps=7", "parallel.sparse_wire=true", "attention.sparse.report_every=1")
     farspan("train", str(path), f"attention.sparse.budgets={budgets}", *wire)
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = last_metrics(tmp_path / "run")
     assert last["step"] == 7
     assert 0 < last["sparse_wire_bytes"] <= last["sparse_dense_wire_bytes"]
 
     farspan("train", str(path), "train.steps=8", "attention.sparse.train=false")
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = last_metrics(tmp_path / "run")
     assert "sparse_density" not in last
     assert 0 < last["eval_sparse_density"] < 1
 

@@ -10,8 +10,14 @@ from farspan.parallel.balance import imbalance, stage_imbalance, step_imbalance
 from farspan.parallel.index_work import work
 from farspan.parallel.sieve import bytes_sent
 from farspan.trainer.callbacks.recording import Recording
-from farspan.trainer.sparse import Selected, SparseAttention, of_all_heads
+from farspan.trainer.sparse import Selected, SparseAttention, by_layer, of_all_heads
 from farspan.trainer.trainer import StepRecord, Trainer
+
+_IMBALANCES = {
+    "sparse_imbalance_ranks": imbalance,
+    "sparse_imbalance_lockstep": stage_imbalance,
+    "sparse_imbalance_steps": step_imbalance,
+}
 
 
 class Sparseness:
@@ -33,8 +39,7 @@ class Sparseness:
         counts = [index.column_counts()[0].double() for index in indexes if isinstance(index, VerticalSlashIndex)]
         if counts:
             record.further["sparse_columns"] = float(of_all_heads(torch.stack(counts), tensor).mean())
-        for layer, line in zip(found, density):
-            record.further[f"sparse_density_layer_{layer:02d}"] = float(line.mean())
+        record.further |= by_layer("sparse_density", found, (float(line.mean()) for line in density))
         recalls = [selected.recall.mean((0, 2)).double() for selected in found.values() if selected.recall is not None]
         if not recalls:
             return
@@ -42,21 +47,11 @@ class Sparseness:
         pairs = np.stack([work(selected.index, order) for selected in found.values()])
         by_stage = of_all_heads(torch.from_numpy(pairs).to(density.device), tensor)
         record.further["sparse_recall"] = float(recall.mean())
-        for layer, line, shares in zip(found, recall, by_stage.cpu().numpy()):
-            total = shares.sum(0)
-            name = f"layer_{layer:02d}"
-            record.further |= {
-                f"sparse_recall_{name}": float(line.mean()),
-                f"sparse_imbalance_ranks_{name}": imbalance(total),
-                f"sparse_imbalance_lockstep_{name}": stage_imbalance(total),
-                f"sparse_imbalance_steps_{name}": step_imbalance(total),
-            }
-        whole = by_stage.sum((0, 1)).cpu().numpy()
-        record.further |= {
-            "sparse_imbalance_ranks": imbalance(whole),
-            "sparse_imbalance_lockstep": stage_imbalance(whole),
-            "sparse_imbalance_steps": step_imbalance(whole),
-        }
+        record.further |= by_layer("sparse_recall", found, (float(line.mean()) for line in recall))
+        of_layers = by_stage.sum(1).cpu().numpy()
+        whole = of_layers.sum(0)
+        for name, measure in _IMBALANCES.items():
+            record.further |= {name: measure(whole), **by_layer(name, found, map(measure, of_layers))}
         self._traffic(trainer, record, found)
         if self.recording is not None:
             board = self.recording.tensorboard
@@ -80,4 +75,4 @@ class Sparseness:
         of_layers = of_all_heads(mine, trainer.mesh.tensor).sum(1).cpu()
         for name, line in zip(("sparse_wire_bytes", "sparse_dense_wire_bytes"), of_layers.T):
             record.further[name] = float(line.double().mean())
-            record.further |= {f"{name}_layer_{layer:02d}": float(bytes_) for layer, bytes_ in zip(sent, line)}
+            record.further |= by_layer(name, sent, map(float, line))
